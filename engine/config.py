@@ -1,0 +1,253 @@
+"""What a training run can be told: one dataclass, from which the flags and the recipe keys are made.
+
+Defaults are overridden by a recipe (YAML, keys as the fields below), and a recipe by the command line. The resolved
+whole is written to the run's ``args.yaml``, which is itself a recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from engine.errors import UserError
+from engine.metrics import METRIC_NAMES
+from engine.models import MODEL_NAMES
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def _flag(default: Any, help: str, *, short: str | None = None, **argument: Any) -> Any:
+    """A field that is also a flag; ``argument`` goes to ``add_argument``."""
+    return dataclasses.field(default=default, metadata={"help": help, "short": short, "argument": argument})
+
+
+@dataclasses.dataclass
+class Config:
+    """One training run, resolved. Field names are the flags' with underscores."""
+
+    data_dir: str | None = _flag(None, "folder with train/CLASS/* or CLASS/*; the embedded digits without it", type=str)
+    csv: str | None = _flag(None, "manifest of the training images, columns filename,label", type=str)
+    val_csv: str | None = _flag(None, "manifest of the validation images", type=str)
+    test_csv: str | None = _flag(None, "manifest of the test images", type=str)
+    val_fraction: float = _flag(
+        0.15, "share of each training class held out for validation where none is given", type=float
+    )
+    max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
+    num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
+
+    model: str = _flag("seresnet50", f"one of {', '.join(MODEL_NAMES)}", type=str)
+    pretrained: bool = _flag(
+        False, "start from torchvision's ImageNet weights (downloaded by torchvision)", switch=True
+    )
+    pretrained_path: str | None = _flag(
+        None, "start from a weight file of torchvision or timm (.pth, .safetensors)", type=str
+    )
+    fused_se: bool = _flag(False, "use the fused SE operator; the checkpoint is the same either way", switch=True)
+    channels_last: bool = _flag(True, "keep activations channels-last", switch=True)
+
+    img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
+    batch_size: int = _flag(32, "images a step", short="-b", type=int)
+    sampling: str = _flag(
+        "inverse",
+        "inverse: every class is drawn equally often; none: every image once an epoch",
+        choices=("inverse", "none"),
+    )
+    aug_prob: float = _flag(
+        0.3, "probability of each of rotation, affine and colour jitter; 0 turns them off", type=float
+    )
+    hflip: float = _flag(0.3, "probability of a horizontal flip", type=float)
+
+    epochs: int = _flag(50, "epochs to train", type=int)
+    opt: str = _flag(
+        "adamw",
+        "sgd and adamw are torch's fused ones; fusedsgd and fusedadamw NVIDIA Apex's",
+        choices=("sgd", "adamw", "fusedsgd", "fusedadamw"),
+    )
+    lr: float = _flag(5e-4, "peak learning rate", type=float)
+    momentum: float = _flag(0.9, "momentum of SGD (Nesterov's)", type=float)
+    weight_decay: float = _flag(0.05, "weight decay, of everything but biases and norms", type=float)
+    sched: str = _flag("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
+    warmup_epochs: int = _flag(3, "epochs of linear warm-up", type=int)
+    min_lr: float = _flag(1e-6, "learning rate that the cosine ends at", type=float)
+    smoothing: float = _flag(0.1, "label smoothing", type=float)
+    class_weights: str = _flag(
+        "none",
+        "balanced: weigh the loss of a class by 1 / its count, as scikit-learn does",
+        choices=("none", "balanced"),
+    )
+    clip_grad: float | None = _flag(None, "largest norm of the gradient", type=float)
+    grad_accum_steps: int = _flag(1, "batches whose gradients are added up before a step", type=int)
+    amp: bool | None = _flag(
+        None, "mixed precision; by default where the hardware computes in the half type natively", switch=True
+    )
+    amp_dtype: str = _flag("bfloat16", "half type of mixed precision", choices=("bfloat16", "float16"))
+
+    eval_metric: str = _flag(
+        "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "stop after this many epochs without a better --eval-metric", type=int
+    )
+    keep_epochs: bool = _flag(False, "keep the weights of every epoch in epochs/", switch=True)
+    output: str | None = _flag(None, "run directory to make; output/train/<time>-<model> by default", type=str)
+    workers: int = _flag(4, "threads that read and decode images", short="-j", type=int)
+    device: str | None = _flag(None, "cuda, cuda:1 or cpu; cuda where there is one", type=str)
+    seed: int = _flag(42, "of the initial weights, the split, the sampling and the augmentation", type=int)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("max_bad_fraction", "aug_prob", "hflip"):
+            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        self._require(0 <= self.smoothing < 1, "smoothing", "at least 0 and below 1")
+        for name in ("lr", "clip_grad", "early_stopping_patience"):
+            self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._require(
+            self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
+        )
+        for name, known in (("model", MODEL_NAMES), ("eval_metric", METRIC_NAMES)):
+            self._require(getattr(self, name) in known, name, f"one of: {', '.join(known)}")
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise UserError(f"{_spelled(name)} {getattr(self, name)} does not work: it must be {what}")
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: str) -> Config:
+        """From a recipe's mapping. Raises UserError that names ``source`` and the key."""
+        return cls(**_checked(values, source))
+
+    def as_mapping(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(argv: list[str] | None) -> tuple[Config, str | None]:
+    """The configuration that a command line asks for, and the run directory or checkpoint of ``--resume``.
+
+    Raises UserError for what the user can mend.
+    """
+    given = vars(_parser().parse_args(argv))
+    resume, recipe = given.pop("resume", None), given.pop("recipe", None)
+    if resume is not None:
+        return _resumed(resume, given, recipe), resume
+    if recipe is None and not given.get("data_dir") and not given.get("csv"):
+        recipe = "digits"
+    values = read_recipe(recipe) if recipe else {}
+    return Config.from_mapping(values | given, "the command line"), None
+
+
+# What may differ when a run goes on: where it runs, not what it computes.
+_MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se")
+
+
+def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
+    path = Path(resume)
+    args_file = (path if path.is_dir() else path.parent) / "args.yaml"
+    if not args_file.exists():
+        raise UserError(f"--resume {resume}: no args.yaml there; name a run directory that engine.train made")
+    if recipe is not None:
+        raise UserError("--recipe does not go with --resume: a run goes on with its own args.yaml")
+    values = _checked(_read_yaml(args_file), str(args_file))
+    for name, value in given.items():
+        if name not in _MAY_CHANGE_ON_RESUME and value != values.get(name):
+            raise UserError(
+                f"{_spelled(name)} {value} does not go with --resume (the run has {values.get(name)}); "
+                f"start a new run with --recipe {args_file} {_spelled(name)} {value}"
+            )
+    return Config(**(values | given))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The mapping of a built-in recipe or of a YAML file. Raises UserError for an unknown one."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise UserError(f"--recipe {name}: no such recipe; name a YAML file or one of: {known}")
+    return _checked(_read_yaml(path), str(path))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+
+
+def _checked(values: Any, source: str) -> dict[str, Any]:
+    """``values`` with every key known and every value of its field's type."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping of options, such as `epochs: 20`")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown option {key!r}{hint}")
+        checked[key] = _converted(fields[key], value, source)
+    return checked
+
+
+def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    argument = field.metadata["argument"]
+    if value is None and (field.default is None):
+        return None
+    if "switch" in argument:
+        if isinstance(value, bool):
+            return value
+        raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
+    wanted = argument.get("type", str)
+    # YAML reads 1e-3 as text; a number in place of a text is a mistake
+    ok = isinstance(value, wanted) or (wanted is float and isinstance(value, int | str)) or isinstance(value, str)
+    try:
+        if isinstance(value, bool) or not ok:
+            raise ValueError
+        converted = wanted(value)
+    except ValueError:
+        raise UserError(f"{source}: {field.name}: {value!r} must be of type {wanted.__name__}") from None
+    if converted not in argument.get("choices", (converted,)):
+        raise UserError(f"{source}: {field.name}: {value!r} must be one of {', '.join(argument['choices'])}")
+    return converted
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that raises `UserError`, so that every mistake is reported the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m engine.train",
+        description="Train an image classifier on imbalanced data; without --data-dir or --csv on the embedded digits.",
+        # absent flags must not hide what a recipe says
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="options from a built-in recipe or a YAML file")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
+    for field in dataclasses.fields(Config):
+        argument = dict(field.metadata["argument"])
+        names = [_spelled(field.name)] + ([field.metadata["short"]] if field.metadata["short"] else [])
+        shown = "" if field.default is None else f" (default: {field.default})"
+        if argument.pop("switch", False):
+            argument["action"] = argparse.BooleanOptionalAction
+        elif "choices" not in argument:
+            argument["metavar"] = argument["type"].__name__.upper()
+        parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)
+    return parser

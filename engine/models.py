@@ -1,0 +1,235 @@
+"""SE-ResNet and ResNet 18, 34, 50, 101 and 152 on torchvision's ResNet, with timm's state-dict keys.
+
+SE stands after the last BatchNorm of each residual branch, before the addition.
+
+Sources: He et al., "Deep Residual Learning for Image Recognition" (2015); Hu et al., "Squeeze-and-Excitation
+Networks" (2017), section 4; Goyal et al., "Accurate, Large Minibatch SGD" (2017) for the zero-initialised BatchNorm.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import SqueezeExcitation
+
+from engine.errors import UserError
+from engine.weights import download_imagenet_weights, read_weights_file
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+PathLike = str | os.PathLike[str]
+
+
+class SEBasicBlock(BasicBlock):
+    """Two 3x3 convolutions, SE, addition: the block of SE-ResNet 18 and 34."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.se = squeeze_excitation(self.conv2.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.se(self.bn2(self.conv2(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class SEBottleneck(Bottleneck):
+    """1x1, 3x3 and 1x1 convolution, SE, addition: the block of SE-ResNet 50, 101 and 152."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.se = squeeze_excitation(self.conv3.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.se(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+def squeeze_excitation(channels: int) -> SqueezeExcitation:
+    """The eager SE module: (N, channels, H, W) to the same shape, keys ``fc1`` and ``fc2``, with bias.
+
+    The squeezed channels are a sixteenth of `channels`, rounded to a multiple of 8, and 8 at least: timm's rule.
+    """
+    return SqueezeExcitation(channels, squeeze_channels=max(8, (channels // 16 + 4) // 8 * 8))
+
+
+_DEPTHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+_ARCHITECTURES = _DEPTHS | {
+    f"se{name}": (SEBasicBlock if block is BasicBlock else SEBottleneck, layers)
+    for name, (block, layers) in _DEPTHS.items()
+}
+
+MODEL_NAMES = tuple(_ARCHITECTURES)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a model took from pretrained weights, and which parts kept a fresh initialisation; str() is one line."""
+
+    source: str
+    loaded: int
+    fresh: tuple[str, ...]
+
+    def __str__(self) -> str:
+        fresh = f"; fresh: {', '.join(self.fresh)}" if self.fresh else ""
+        return f"loaded {self.loaded} tensors from {self.source}{fresh}"
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    pretrained_path: PathLike | None = None,
+) -> ResNet:
+    """Builds `name`, one of MODEL_NAMES: (N, 3, H, W) images to (N, num_classes) logits.
+
+    Initialised as in timm: convolutions by Kaiming's normal fan-out rule, the last BatchNorm weight of each residual
+    branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged.
+
+    Raises:
+        UserError: unknown name, fewer than one class, or weights that cannot be had or do not fit.
+    """
+    if name not in _ARCHITECTURES:
+        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODEL_NAMES)}")
+    if num_classes < 1:
+        raise UserError(f"--num-classes {num_classes}: must be at least 1")
+    block, layers = _ARCHITECTURES[name]
+    model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=True)
+    if pretrained or pretrained_path is not None:
+        logger.info("%s", load_pretrained(model, name, pretrained_path))
+    return model
+
+
+def seresnet18(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+    """SE-ResNet-18; arguments and errors of ``create_model``."""
+    return create_model("seresnet18", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
+
+
+def seresnet34(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+    """SE-ResNet-34; arguments and errors of ``create_model``."""
+    return create_model("seresnet34", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
+
+
+def seresnet50(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+    """SE-ResNet-50; arguments and errors of ``create_model``."""
+    return create_model("seresnet50", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
+
+
+def seresnet101(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+    """SE-ResNet-101; arguments and errors of ``create_model``."""
+    return create_model("seresnet101", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
+
+
+def seresnet152(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+    """SE-ResNet-152; arguments and errors of ``create_model``."""
+    return create_model("seresnet152", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
+
+
+def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -> LoadReport:
+    """Loads weights from `path`, else torchvision's ImageNet ones, into `model` as ``create_model(name, ...)`` made it.
+
+    `path` is a file of torchvision, timm or this project (see ``engine.weights.read_weights_file``). The classifier
+    stays fresh where the file has none or another number of classes. A plain ResNet's weights serve its SE-ResNet:
+    the SE gates then start nearly open.
+
+    Raises:
+        UserError: the weights cannot be had, or anything else is missing, unexpected or of another shape; `model` is
+            then unchanged.
+    """
+    if path is None:
+        plain = name.removeprefix("se")
+        return _load(model, name, download_imagenet_weights(plain), f"torchvision's {plain}")
+    return _load(model, name, read_weights_file(path), str(path))
+
+
+def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadReport:
+    expected = model.state_dict()
+    fresh = []
+
+    classes = expected["fc.weight"].shape[0]
+    given_classes = given["fc.weight"].shape[0] if "fc.weight" in given else 0
+    if given_classes != classes:
+        fresh.append(f"classifier ({given_classes} classes in the weights, {classes} here)")
+        expected, given = _trunk(expected), _trunk(given)
+
+    se_keys = {key for key in expected if ".se." in key}
+    without_se = bool(se_keys) and se_keys.isdisjoint(given)
+    if without_se:
+        fresh.append("SE gates (none in the weights; they start nearly open)")
+        expected = {key: tensor for key, tensor in expected.items() if key not in se_keys}
+
+    problem = _mismatch(expected, given)
+    if problem:
+        raise UserError(f"{source}: does not fit {name} ({problem}); {_way_out(name, given)}")
+    # Not strict: the classifier and the SE gates may be left out, and files from before torch 0.4.1 have no
+    # num_batches_tracked.
+    model.load_state_dict(given, strict=False)
+    if without_se:
+        _open_se_gates(model)
+    return LoadReport(source, len(given), tuple(fresh))
+
+
+def _open_se_gates(model: nn.Module) -> None:
+    # sigmoid(4) = 0.98: the pretrained function is nearly kept, and the sigmoid's slope there, 0.018, still lets
+    # the gates learn. With W2 zero every sample starts with the same gate; W2 has a gradient from the first step.
+    for key, parameter in model.named_parameters():
+        if key.endswith(".se.fc2.weight"):
+            nn.init.zeros_(parameter)
+        elif key.endswith(".se.fc2.bias"):
+            nn.init.constant_(parameter, 4.0)
+
+
+def _trunk(state: StateDict) -> StateDict:
+    return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+
+
+def _mismatch(expected: StateDict, given: StateDict) -> str:
+    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in expected]
+    reshaped = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
+    return "; ".join(f"{what}: {_first(keys)}" for what, keys in problems.items() if keys)
+
+
+def _first(keys: list[str], shown: int = 2) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
+
+
+def _way_out(name: str, given: StateDict) -> str:
+    lookalike = _lookalike(given)
+    if lookalike is None or lookalike == name:
+        return f"it looks like none of {', '.join(MODEL_NAMES)}: pass another --pretrained-path"
+    serves = lookalike if lookalike.startswith("se") else f"{lookalike} or se{lookalike}"
+    return f"it looks like {lookalike}: pass --model {serves}, or another --pretrained-path"
+
+
+def _lookalike(given: StateDict) -> str | None:
+    for name in MODEL_NAMES:
+        with torch.device("meta"):
+            candidate = create_model(name, num_classes=1)
+        if not _mismatch(_trunk(candidate.state_dict()), _trunk(given)):
+            return name
+    return None

@@ -1,0 +1,59 @@
+"""The optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import Config
+from engine.errors import UserError
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """SGD or AdamW; biases and norms are not decayed.
+
+    torch's fused implementations serve both; ``fusedsgd`` and ``fusedadamw`` are NVIDIA Apex's.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    if config.opt == "sgd":
+        return torch.optim.SGD(groups, fused=True, **sgd)
+    if config.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    try:
+        from apex.optimizers import FusedAdam, FusedSGD
+    except ImportError as error:
+        # The package `apex` on PyPI is something else and has no `optimizers`.
+        raise UserError(
+            f"--opt {config.opt} needs NVIDIA Apex, which is not installed ({error}); "
+            "build it from NVIDIA's repository, or use --opt sgd or adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer
+    optimizer = (
+        FusedSGD(groups, **sgd) if config.opt == "fusedsgd" else FusedAdam(groups, lr=config.lr, adam_w_mode=True)
+    )
+    return optimizer
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine to ``min_lr`` or a constant; one tick an optimizer step."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+    floor = min(config.min_lr / config.lr, 1.0)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.sched == "constant":
+            return 1.0
+        progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,90 @@
+"""The run directory: args.yaml, summary.csv, metrics.json, checkpoints, pictures, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.checkpoint import save_checkpoint, write_atomically
+from engine.config import Config
+from engine.errors import UserError
+from engine.pictures import save_confusion_matrix, save_curves
+
+Row = dict[str, Any]
+
+
+class RunDirectory:
+    """One training run on disk. Every file is replaced whole, so that a killed run leaves no part of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self._events: Any = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunDirectory:
+        """Makes the directory that ``config.output`` names, or a new one; raises UserError rather than overwrite."""
+        path = Path(config.output or f"output/train/{time.strftime('%Y%m%d-%H%M%S')}-{config.model}")
+        if (path / "args.yaml").exists():
+            raise UserError(
+                f"--output {path}: already holds a run; name another directory, or go on with --resume {path}"
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--output {path}: exists and is not an empty directory; name another one")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run._write_text("args.yaml", yaml.safe_dump(config.as_mapping(), sort_keys=False))
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> RunDirectory:
+        """The run at ``path``, its directory or a file in it."""
+        return cls(Path(path) if Path(path).is_dir() else Path(path).parent)
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        return self.path / "epochs" / f"{epoch:04d}.pt"
+
+    def save_epoch(self, epoch: int, state: dict[str, Any]) -> None:
+        self.epoch_checkpoint(epoch).parent.mkdir(exist_ok=True)
+        save_checkpoint(self.epoch_checkpoint(epoch), state)
+
+    def write_history(self, history: list[Row]) -> None:
+        """Writes summary.csv, a row an epoch, and the newest row as TensorBoard events."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        self._write_text("summary.csv", text.getvalue())
+        self._write_events(history[-1])
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+    def write_pictures(self, history: list[Row], metrics: dict[str, Any]) -> None:
+        save_curves(history, self.path / "curves.png")
+        save_confusion_matrix(metrics, self.path / "confusion_matrix.png")
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _write_events(self, row: Row) -> None:
+        if self._events is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:  # TensorBoard is optional
+                return
+            self._events = SummaryWriter(str(self.path / "events"))
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                self._events.add_scalar(name, value, row["epoch"])
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

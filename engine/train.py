@@ -1,0 +1,303 @@
+"""``python -m engine.train``: from a folder of images to a trained, scored classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.cli import run
+from engine.config import Config, parse_args
+from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampler, drop_bad, open_splits
+from engine.device import Precision, pick_device
+from engine.errors import UserError
+from engine.evaluate import make_eval_loader, score
+from engine.metrics import BINARY_METRIC_NAMES, format_report, metric_is_better
+from engine.models import create_model
+from engine.optim import make_optimizer, make_schedule
+from engine.run import Row, RunDirectory
+from kernels import fuse_se
+
+
+@dataclasses.dataclass
+class Training:
+    """Everything that one optimizer step changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name).state_dict() for field in dataclasses.fields(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).load_state_dict(state[field.name])
+
+
+def main(argv: list[str] | None) -> None:
+    config, resume = parse_args(argv)
+    train(config, resume)
+
+
+def train(config: Config, resume: str | None = None) -> dict[str, Any]:
+    """Trains as ``config`` says and returns what metrics.json holds.
+
+    Raises UserError for whatever the user can mend, before anything is written.
+    """
+    device = pick_device(config.device)
+    precision = Precision(device, config.amp, config.amp_dtype)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config.seed)
+    splits = _open_data(config)
+    checkpoint = load_checkpoint(RunDirectory.open(resume).last) if resume else None
+    training, criterion, train_loader = _build(config, splits, device, precision)
+    history: list[Row] = []
+    best: Row | None = None
+    if checkpoint is not None:
+        _require_same_data(checkpoint, splits, str(resume))
+        training.load_state_dict(checkpoint)
+        history, best = checkpoint["history"], checkpoint["best"]
+    run_dir = RunDirectory.open(resume) if resume else RunDirectory.create(config)
+    val_loader = make_eval_loader(splits.val, config, device, precision)
+    print(f"{config.model} on {device}, {precision}; run directory {run_dir.path}")
+
+    for epoch in range(len(history), config.epochs):
+        if _has_stopped_early(config, history, best):
+            break
+        stats = train_epoch(training, criterion, train_loader, epoch, config, precision)
+        if not math.isfinite(stats["train_loss"]):
+            raise UserError(
+                f"the loss became {stats['train_loss']} in epoch {epoch}; lower --lr, set --clip-grad or use "
+                f"--amp-dtype bfloat16. {run_dir.path} keeps the epochs before"
+            )
+        metrics = score(training.model, val_loader, splits.train.class_names, precision)
+        row = {"epoch": epoch, **stats, **{f"val_{name}": value for name, value in _scalars(metrics).items()}}
+        history.append(row)
+        improved = best is None or _is_better(row, best, config.eval_metric)
+        if best is None or improved:
+            best = row
+        _save(run_dir, config, splits, training, history, best, improved)
+        print(_epoch_line(row, config, improved))
+
+    metrics = _final_score(run_dir, config, splits, training.model, device, precision)
+    run_dir.write_metrics(metrics)
+    run_dir.write_pictures(history, metrics)
+    run_dir.close()
+    print(f"\n{metrics['split']} images, weights of epoch {metrics['epoch']}:\n\n{format_report(metrics)}")
+    print(f"\nwritten to {run_dir.path}")
+    return metrics
+
+
+def train_epoch(
+    training: Training, criterion: nn.Module, loader: DaliLoader, epoch: int, config: Config, precision: Precision
+) -> Row:
+    """One pass over the loader. Inside the loop the host never waits for the device."""
+    model, optimizer, scaler = training.model.train(), training.optimizer, training.scaler
+    loss_sum: Tensor | None = None
+    images_seen, waited, began = 0, 0.0, time.perf_counter()
+    batches = iter(loader.epoch(epoch))
+    steps = len(loader)
+    with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=None) as bar:
+        for step in range(steps):
+            asked = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - asked
+
+            # the last group of an epoch may hold fewer batches
+            group_start = step - step % config.grad_accum_steps
+            group = min(config.grad_accum_steps, steps - group_start)
+            with precision.autocast():
+                loss = criterion(model(images), labels)
+            scaler.scale(loss / group).backward()
+            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+
+            if step + 1 == group_start + group:
+                if config.clip_grad is not None:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                training.schedule.step()
+
+            images_seen += len(labels)
+            seconds = time.perf_counter() - began
+            bar.update()
+            bar.set_postfix_str(f"{images_seen / seconds:.0f} img/s, data wait {waited / seconds:.0%}", refresh=False)
+    train_loss = float("nan") if loss_sum is None else loss_sum.item() / steps
+    seconds = time.perf_counter() - began
+    return {
+        "lr": training.schedule.get_last_lr()[0],
+        "train_loss": train_loss,
+        "images_per_second": images_seen / seconds,
+        "data_wait": waited / seconds,
+        "seconds": seconds,
+    }
+
+
+def _open_data(config: Config) -> Splits:
+    splits = open_splits(
+        data_dir=config.data_dir,
+        csv=config.csv,
+        val_csv=config.val_csv,
+        test_csv=config.test_csv,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+    classes = len(splits.train.class_names)
+    if config.num_classes not in (None, classes):
+        raise UserError(
+            f"--num-classes {config.num_classes}, but the data has {classes} classes "
+            f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
+        )
+    splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
+    print(splits.description)
+    for file in bad:
+        print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+    return splits
+
+
+def _build(
+    config: Config, splits: Splits, device: torch.device, precision: Precision
+) -> tuple[Training, nn.Module, DaliLoader]:
+    model = create_model(
+        config.model,
+        num_classes=len(splits.train.class_names),
+        pretrained=config.pretrained,
+        pretrained_path=config.pretrained_path,
+    )
+    if config.eval_metric in BINARY_METRIC_NAMES and len(splits.train.class_names) != 2:
+        raise UserError(
+            f"--eval-metric {config.eval_metric} is defined for two classes, and the data has "
+            f"{len(splits.train.class_names)}; use macro_{config.eval_metric}"
+        )
+    if config.fused_se:
+        print(f"{fuse_se(model)} SE modules fused")
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    loader = DaliLoader(
+        splits.train,
+        batch_size=config.batch_size,
+        img_size=config.img_size,
+        device=device,
+        dtype=precision.input_dtype,
+        training=True,
+        sampler=WeightedSampler(
+            splits.train.labels, len(splits.train.class_names), weighting=config.sampling, seed=config.seed
+        ),
+        augmentation=Augmentation(probability=config.aug_prob, hflip=config.hflip),
+        seed=config.seed,
+        workers=config.workers,
+    )
+    optimizer = make_optimizer(model, config)
+    steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
+    training = Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), precision.scaler())
+    weights = _class_weights(splits.train, device) if config.class_weights == "balanced" else None
+    return training, nn.CrossEntropyLoss(weights, label_smoothing=config.smoothing), loader
+
+
+def _class_weights(samples: Samples, device: torch.device) -> Tensor:
+    """n / (classes * count), scikit-learn's "balanced"."""
+    counts = torch.as_tensor(samples.class_counts(), dtype=torch.float32)
+    return (len(samples) / (len(counts) * counts)).to(device)
+
+
+def _scalars(metrics: dict[str, Any]) -> Row:
+    return {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+
+
+def _is_better(row: Row, best: Row, metric: str) -> bool:
+    """By the metric; between equals, which a small validation split makes common, by its loss."""
+    new, old = row[f"val_{metric}"], best[f"val_{metric}"]
+    return metric_is_better(metric, new, old) or (new == old and row["val_loss"] < best["val_loss"])
+
+
+def _has_stopped_early(config: Config, history: list[Row], best: Row | None) -> bool:
+    if config.early_stopping_patience is None or best is None:
+        return False
+    return history[-1]["epoch"] - best["epoch"] >= config.early_stopping_patience
+
+
+def _save(
+    run_dir: RunDirectory,
+    config: Config,
+    splits: Splits,
+    training: Training,
+    history: list[Row],
+    best: Row,
+    improved: bool,
+) -> None:
+    """best.pt goes before last.pt: a run killed between the two repeats the epoch and comes to the same best."""
+    state = training.state_dict()
+    about = {
+        "args": config.as_mapping(),
+        "class_names": list(splits.train.class_names),
+        "epoch": history[-1]["epoch"],
+    }
+    weights = {"model": state["model"], **about}
+    if improved:
+        save_checkpoint(run_dir.best, weights)
+    if config.keep_epochs:
+        run_dir.save_epoch(history[-1]["epoch"], weights)
+    save_checkpoint(run_dir.last, {**state, **about, "history": history, "best": best, "data": _fingerprint(splits)})
+    run_dir.write_history(history)
+
+
+def _fingerprint(splits: Splits) -> dict[str, str]:
+    """Of the classes and of what is in train and val by name; where the folder stands is left out."""
+
+    def digest(samples: Samples) -> str:
+        names = [Path(file).name for file in samples.files]
+        return hashlib.sha256(repr((samples.class_names, names, samples.labels.tolist())).encode()).hexdigest()
+
+    return {"train": digest(splits.train), "val": digest(splits.val)}
+
+
+def _require_same_data(checkpoint: dict[str, Any], splits: Splits, resume: str) -> None:
+    if "history" not in checkpoint:
+        raise UserError(f"--resume {resume}: holds weights only; name the run directory, or use --pretrained-path")
+    if checkpoint["data"] != _fingerprint(splits):
+        raise UserError(
+            f"--resume {resume}: the images or labels are not those that the run began with; "
+            f"put them back, or start a new run with --pretrained-path {resume}"
+        )
+
+
+def _final_score(
+    run_dir: RunDirectory,
+    config: Config,
+    splits: Splits,
+    model: nn.Module,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, Any]:
+    """The best epoch's weights on the test split, or on the validation split where there is no test."""
+    best = load_checkpoint(run_dir.best)
+    model.load_state_dict(best["model"])
+    split, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+    loader = make_eval_loader(samples, config, device, precision)
+    metrics = score(model, loader, splits.train.class_names, precision)
+    return {"split": split, "epoch": best["epoch"], **metrics}
+
+
+def _epoch_line(row: Row, config: Config, improved: bool) -> str:
+    metric = row[f"val_{config.eval_metric}"]
+    return (
+        f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  val {config.eval_metric} {metric:.4f}{' *' if improved else '  '}  "
+        f"{row['images_per_second']:.0f} img/s, data wait {row['data_wait']:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

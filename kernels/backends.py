@@ -1,0 +1,114 @@
+"""Which implementation can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("eager", "cpu", "triton")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot serve on this machine, or not for this tensor."""
+
+
+def available_backends() -> dict[str, str]:
+    """Maps each backend to ``"ok"``, or to the reason why it cannot run on this machine."""
+    return dict(_status())
+
+
+@functools.cache
+def _status() -> dict[str, str]:
+    return {"eager": "ok", "cpu": _cpu_status(), "triton": _triton_status()}
+
+
+def _cpu_status() -> str:
+    build_file = Path(__file__).with_name("_build.json")
+    build = json.loads(build_file.read_text()) if build_file.exists() else {}
+    if build.get("cpu", "ok") != "ok":
+        return f"not built: {build['cpu']}"
+    # A library built against another torch may load and then crash: refuse it before it is loaded.
+    if "torch" in build and build["torch"] != torch.__version__:
+        return (
+            f"built against torch {build['torch']}, but torch {torch.__version__} is running; "
+            "reinstall with: pip install --no-build-isolation -e ."
+        )
+    try:
+        importlib.import_module("kernels._C")
+    except ImportError as error:
+        return f"csrc is not built ({error}); install with: pip install --no-build-isolation -e ."
+    return "ok"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1`` when they were first imported)."""
+    from kernels.se_triton import INTERPRETED
+
+    return INTERPRETED
+
+
+def _triton_status() -> str:
+    try:
+        interpreted = triton_interpreted()
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install with: pip install triton"
+    if interpreted:
+        return "ok"
+    if not torch.cuda.is_available():
+        return "no CUDA device (for tests, TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; this one has {major}.{minor}"
+    return "ok"
+
+
+# A constant of the machine: torch.compile asks once, while it traces
+@torch.compiler.assume_constant_result
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves a tensor of this device and dtype.
+
+    ``"auto"`` takes the compiled one for the device (``cpu`` for CPU tensors, ``triton`` for CUDA tensors) where it can
+    run, else ``eager``, and says so once by a warning.
+
+    Raises:
+        ValueError: unknown backend name.
+        BackendUnavailable: the named backend cannot serve this tensor here.
+    """
+    if backend == "auto":
+        native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        reason = f"no fused kernel for {device.type} tensors" if native is None else _refusal(native, device, dtype)
+        if native is not None and reason is None:
+            return native
+        _warn_eager(device.type, str(reason))
+        return "eager"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {('auto', *BACKENDS)}")
+    reason = _refusal(backend, device, dtype)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {backend!r} cannot serve: {reason}")
+    return backend
+
+
+def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    status = _status()[backend]
+    if status != "ok":
+        return status
+    if backend == "cpu" and device.type != "cpu":
+        return f"it takes CPU tensors, and x is on {device}"
+    if backend == "triton":
+        if dtype == torch.float64:
+            return "it computes in float32, and x is float64; use backend='eager', or 'cpu' on the CPU"
+        wanted = "cpu" if triton_interpreted() else "cuda"
+        if device.type != wanted:
+            return f"it takes {wanted.upper()} tensors here, and x is on {device}"
+    return None
+
+
+@functools.cache
+def _warn_eager(device_type: str, reason: str) -> None:
+    warnings.warn(f"squeeze_excite runs eagerly on {device_type}: {reason}", RuntimeWarning, stacklevel=4)
