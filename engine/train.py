@@ -60,7 +60,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     splits = _open_data(config)
-    checkpoint = load_checkpoint(RunDirectory.open(resume).last) if resume else None
+    checkpoint = _last_checkpoint(resume) if resume else None
     training, criterion, train_loader = _build(config, splits, device, precision)
     history: list[Row] = []
     best: Row | None = None
@@ -261,6 +261,16 @@ def _fingerprint(splits: Splits) -> dict[str, str]:
         return hashlib.sha256(repr((samples.class_names, names, samples.labels.tolist())).encode()).hexdigest()
 
     return {"train": digest(splits.train), "val": digest(splits.val)}
+
+
+def _last_checkpoint(resume: str) -> dict[str, Any]:
+    run_dir = RunDirectory.open(resume)
+    if not run_dir.last.exists():
+        raise UserError(
+            f"--resume {resume}: no last.pt there, the run ended before its first epoch did; "
+            f"start it again with --recipe {run_dir.path / 'args.yaml'} --output NEW_DIR"
+        )
+    return load_checkpoint(run_dir.last)
 
 
 def _require_same_data(checkpoint: dict[str, Any], splits: Splits, resume: str) -> None:

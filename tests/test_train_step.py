@@ -1,0 +1,151 @@
+"""One epoch of the trainer on a hand-made loader, and what surrounds it: optimizer, schedule, configuration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.config import Config, parse_args, read_recipe
+from engine.device import Precision, pick_device
+from engine.errors import UserError
+from engine.optim import make_optimizer, make_schedule
+from engine.train import Training, train_epoch
+
+CPU = torch.device("cpu")
+FLOAT32 = Precision(CPU, amp=False, amp_dtype="bfloat16")
+
+
+class Batches:
+    """A loader of given batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        return iter(self.batches[start:])
+
+
+def make_training(config: Config, steps_per_epoch: int) -> Training:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    optimizer = make_optimizer(model, config)
+    return Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), FLOAT32.scaler())
+
+
+def random_batches(count: int, size: int = 4) -> list:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def trained_weights(batches, **options) -> torch.Tensor:
+    config = Config(epochs=1, warmup_epochs=0, opt="sgd", sched="constant", lr=0.1, **options)
+    training = make_training(config, math.ceil(len(batches) / config.grad_accum_steps))
+    train_epoch(training, nn.CrossEntropyLoss(), Batches(batches), 0, config, FLOAT32)
+    return nn.utils.parameters_to_vector(training.model.parameters()).detach()
+
+
+def test_accumulated_gradients_are_those_of_the_joined_batch():
+    """Five batches in groups of two: the last group holds one, and counts as a whole batch."""
+    batches = random_batches(5)
+    pairs = [tuple(map(torch.cat, zip(*batches[i : i + 2], strict=True))) for i in (0, 2)]
+    torch.testing.assert_close(trained_weights(batches, grad_accum_steps=2), trained_weights([*pairs, batches[4]]))
+
+
+def test_clipping_bounds_the_gradient():
+    batches = random_batches(1)
+    start = nn.utils.parameters_to_vector(make_training(Config(), 1).model.parameters()).detach()
+    moved = (trained_weights(batches, clip_grad=1e-3, momentum=0, weight_decay=0) - start).norm()
+    assert moved == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    assert (trained_weights(batches, momentum=0, weight_decay=0) - start).norm() > 10 * moved
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators by which the host reads a tensor's value, each of which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("opt", ("sgd", "adamw"))
+def test_the_host_reads_one_value_an_epoch(opt):
+    config = Config(epochs=1, warmup_epochs=0, opt=opt, clip_grad=1.0)
+    training = make_training(config, 6)
+    with HostReads() as reads:
+        train_epoch(training, nn.CrossEntropyLoss(), Batches(random_batches(6)), 0, config, FLOAT32)
+    assert reads.count == 1  # the mean loss, when the epoch is over
+
+
+def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
+    config = Config(epochs=10, warmup_epochs=2, lr=0.4, min_lr=0.04, opt="sgd")
+    training = make_training(config, 5)
+    rates = []
+    for _ in range(50):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.optimizer.step()
+        training.schedule.step()
+    assert rates[:10] == pytest.approx([0.04 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(0.4)
+    assert rates[30] == pytest.approx((0.4 + 0.04) / 2)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_biases_and_norms_are_not_decayed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    decayed, others = make_optimizer(model, Config(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert [p.dim() for p in decayed["params"]] == [4]
+    assert len(others["params"]) == 3
+
+
+def test_apex_is_asked_for_by_name_and_missed_by_name():
+    try:
+        import apex.optimizers  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="NVIDIA Apex"):
+            make_optimizer(nn.Linear(2, 2), Config(opt="fusedsgd"))
+    else:
+        assert type(make_optimizer(nn.Linear(2, 2), Config(opt="fusedsgd"))).__module__.startswith("apex")
+
+
+def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("lr: 1e-2\nepochs: 7\nmodel: seresnet34\n")
+    config, resume = parse_args(["--recipe", str(recipe), "--epochs", "9", "--no-channels-last"])
+    assert (config.lr, config.epochs, config.model, config.channels_last) == (0.01, 9, "seresnet34", False)
+    assert config.batch_size == Config().batch_size
+    assert resume is None
+
+
+def test_digits_recipe_is_the_default_without_data_only(tmp_path):
+    assert parse_args([])[0].img_size == read_recipe("digits")["img_size"] == 32
+    assert parse_args(["--data-dir", str(tmp_path)])[0].img_size == 224
+
+
+def test_precision_follows_the_hardware_unless_told():
+    assert Precision(CPU, True, "bfloat16").amp
+    assert not Precision(CPU, False, "bfloat16").amp
+    assert Precision(CPU, True, "float16").scaler().is_enabled()
+    assert not Precision(CPU, True, "bfloat16").scaler().is_enabled()
+    native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    assert Precision(CPU, None, "bfloat16").amp == any(native.get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none():
+    with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
+        pick_device("cuda")
