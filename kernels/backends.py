@@ -39,7 +39,7 @@ def _cpu_status() -> str:
             "reinstall with: pip install --no-build-isolation -e ."
         )
     try:
-        importlib.import_module("kernels._C")
+        importlib.import_module("kernels.se_cpu")
     except ImportError as error:
         return f"csrc is not built ({error}); install with: pip install --no-build-isolation -e ."
     return "ok"

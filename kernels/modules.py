@@ -6,18 +6,18 @@ the state dict its keys, and an optimizer made before the swap goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kernels.backends import BACKENDS
-from kernels.reference import SEBlock, squeezed_channels
+from kernels.reference import ACTIVATIONS, GATES, SEBlock, squeezed_channels
 from kernels.squeeze_excite import squeeze_excite
 
-_ACTIVATION_TYPES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-_GATE_TYPES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hardsigmoid"}
-_TYPES_BY_NAME = {name: kind for kind, name in (_ACTIVATION_TYPES | _GATE_TYPES).items()}
+_ACTIVATION_MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+_GATE_MODULES = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 
 
 class _Plan(NamedTuple):
@@ -99,8 +99,8 @@ class FusedSEBlock(FusedSE):
         backend: str = "auto",
     ) -> None:
         for name, value, known in (
-            ("act", act, tuple(_ACTIVATION_TYPES.values())),
-            ("gate", gate, tuple(_GATE_TYPES.values())),
+            ("act", act, tuple(ACTIVATIONS)),
+            ("gate", gate, tuple(GATES)),
             ("backend", backend, ("auto", *BACKENDS)),
         ):
             if value not in known:
@@ -110,9 +110,9 @@ class FusedSEBlock(FusedSE):
             R = squeezed_channels(channel, reduction)
             block.fc = nn.Sequential(
                 nn.Linear(channel, R, bias=bias),
-                _TYPES_BY_NAME[act](),
+                _ACTIVATION_MODULES[act](),
                 nn.Linear(R, channel, bias=bias),
-                _TYPES_BY_NAME[gate](),
+                _GATE_MODULES[gate](),
             )
         super().__init__(block, _Plan("fc.0", "fc.2", act, gate), backend)
 
@@ -156,11 +156,11 @@ def _plan(module: nn.Module) -> _Plan | None:
     parts = dict(module.named_children())
     if type(module) is SEBlock:
         fc = dict(parts["fc"].named_children())
-        act, gate = _ACTIVATION_TYPES.get(type(fc["1"])), _GATE_TYPES.get(type(fc["3"]))
+        act, gate = _recognised(fc["1"], ACTIVATIONS), _recognised(fc["3"], GATES)
         layers = ("fc.0", "fc.2")
     elif {"fc1", "fc2"} <= parts.keys() and _is_squeeze_and_expand(parts["fc1"], parts["fc2"]):
-        act = _ACTIVATION_TYPES.get(type(parts.get("activation", parts.get("act"))))
-        gate = _GATE_TYPES.get(type(parts.get("scale_activation", parts.get("gate"))))
+        act = _recognised(parts.get("activation", parts.get("act")), ACTIVATIONS)
+        gate = _recognised(parts.get("scale_activation", parts.get("gate")), GATES)
         known = {"fc1", "fc2", "avgpool", "activation", "act", "scale_activation", "gate"}
         rest = [child for name, child in parts.items() if name not in known and not isinstance(child, nn.Identity)]
         if rest or getattr(module, "add_maxpool", False):
@@ -181,6 +181,22 @@ def _is_squeeze_and_expand(fc1: nn.Module, fc2: nn.Module) -> bool:
         and fc.padding in (0, (0, 0))
         for fc in (fc1, fc2)
     ) and (fc1.in_channels, fc1.out_channels) == (fc2.out_channels, fc2.in_channels)
+
+
+def _recognised(module: nn.Module | None, functions: dict[str, Callable[[Tensor], Tensor]]) -> str | None:
+    """The name of the function that ``module`` computes, told by its values: libraries have classes of their own."""
+    if module is None or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    probe = torch.linspace(-8, 8, 129, dtype=torch.float64)
+    with torch.no_grad():
+        try:
+            got = module(probe.clone())
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a layer that takes no vector is no activation
+            return None
+        for name, function in functions.items():
+            if isinstance(got, Tensor) and got.shape == probe.shape and torch.allclose(got, function(probe), atol=1e-9):
+                return name
+    return None
 
 
 def _has_hooks(module: nn.Module) -> bool:

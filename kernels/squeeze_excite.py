@@ -10,7 +10,9 @@ float64 x). The backward formula, with s the gate, g its function, a = act(hidde
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,36 +111,9 @@ def _check(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | No
         raise ValueError(f"gate={gate!r} is not one of {tuple(GATES)}")
 
 
-Implementation = Callable[..., tuple[Tensor, ...]]
-
-
-def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:
-    from kernels import se_triton
-
-    return se_triton.se_fwd(*args)
-
-
-def _triton_bwd(*args: Any) -> tuple[Tensor, ...]:
-    from kernels import se_triton
-
-    return se_triton.se_bwd(*args)
-
-
-def _cpu_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate_fn: str
-) -> tuple[Tensor, ...]:
-    codes = tuple(ACTIVATIONS).index(act), tuple(GATES).index(gate_fn)
-    return torch.ops.kernels_C.se_fwd(x, w1, b1, w2, b2, *codes)
-
-
-def _cpu_bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, act, gate_fn, output_mask = args
-    codes = tuple(ACTIVATIONS).index(act), tuple(GATES).index(gate_fn)
-    return torch.ops.kernels_C.se_bwd(dout, *tensors, *codes, output_mask)
-
-
-FORWARD: dict[str, Implementation] = {"cpu": _cpu_fwd, "triton": _triton_fwd}
-BACKWARD: dict[str, Implementation] = {"cpu": _cpu_bwd, "triton": _triton_bwd}
+def _backend_module(backend: str) -> ModuleType:
+    """kernels.se_cpu or kernels.se_triton, imported when it is first used."""
+    return importlib.import_module(f"kernels.se_{backend}")
 
 
 def _se_fwd(
@@ -146,7 +121,7 @@ def _se_fwd(
 ) -> tuple[Tensor, ...]:
     if x.shape[0] == 0:
         return _se_fwd_fake(x, w1, b1, w2, b2, act, gate_fn, backend)
-    return FORWARD[backend](x, w1, b1, w2, b2, act, gate_fn)
+    return _backend_module(backend).se_fwd(x, w1, b1, w2, b2, act, gate_fn)
 
 
 def _se_bwd(
@@ -165,7 +140,7 @@ def _se_bwd(
     args = (dout, x, w1, w2, pooled, hidden, gate, act, gate_fn)
     if x.shape[0] == 0:
         return tuple(torch.zeros_like(t) for t in _se_bwd_fake(*args, backend, output_mask))
-    return BACKWARD[backend](*args, output_mask)
+    return _backend_module(backend).se_bwd(*args, output_mask)
 
 
 # One implementation for every device: which one serves was decided by name before the call.
@@ -231,7 +206,12 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return *(grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)), None, None, None
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("kernels::se_bwd is not differentiable: for second derivatives use backend='eager'")
+
+
 torch.library.register_autograd("kernels::se_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd("kernels::se_bwd", _no_second_derivative, lib=_LIBRARY)
 
 
 def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:

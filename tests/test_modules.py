@@ -125,9 +125,20 @@ def with_norm() -> nn.Module:
         lambda: timm_se(add_maxpool=True),
         lambda: SqueezeExcitation(32, 8, activation=nn.Tanh),
         lambda: SqueezeExcitation(32, 8, scale_activation=nn.Softplus),
+        lambda: SqueezeExcitation(32, 8, activation=lambda: nn.GELU(approximate="tanh")),
+        lambda: SqueezeExcitation(32, 8, activation=lambda: nn.PReLU(init=0.0)),
         nn.Identity,
     ),
-    ids=("hook", "norm inside", "max pool", "unknown activation", "unknown gate", "no SE at all"),
+    ids=(
+        "hook",
+        "norm inside",
+        "max pool",
+        "unknown activation",
+        "unknown gate",
+        "gelu by tanh",
+        "learnt slope",
+        "no SE at all",
+    ),
 )
 def test_what_the_operator_cannot_express_is_left_alone(make):
     net = Net(make())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import BackendUnavailable, SEBlock, squeeze_excite
+from kernels import BackendUnavailable, SEBlock, se_cpu, se_triton, squeeze_excite
 from tests.accuracy import assert_as_accurate_as_eager
 
 FUSED = ("cpu", "triton")
@@ -34,25 +34,22 @@ ODD = {
 NAMES = ("out", "dx", "dw1", "dw2", "db1", "db2")
 
 
+def _spy(call, entry: str, seen: list[str]):
+    def spy(*args):
+        seen.append(entry)
+        return call(*args)
+
+    return spy
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The backends that did work, in order, as "fwd:cpu" and "bwd:cpu"."""
+    """The backends that did work, in order, as "se_fwd:cpu" and "se_bwd:cpu"."""
     seen: list[str] = []
-    for stem, table in (("fwd", se_table("FORWARD")), ("bwd", se_table("BACKWARD"))):
-        for backend, implementation in list(table.items()):
-
-            def spy(*args, _call=implementation, _entry=f"{stem}:{backend}"):
-                seen.append(_entry)
-                return _call(*args)
-
-            monkeypatch.setitem(table, backend, spy)
+    for backend, module in (("cpu", se_cpu), ("triton", se_triton)):
+        for stem in ("se_fwd", "se_bwd"):
+            monkeypatch.setattr(module, stem, _spy(getattr(module, stem), f"{stem}:{backend}", seen))
     return seen
-
-
-def se_table(name: str) -> dict:
-    import sys
-
-    return getattr(sys.modules["kernels.squeeze_excite"], name)
 
 
 def make_inputs(
@@ -108,7 +105,7 @@ def check_parity(draw, backend: str, **options: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", FUSED)
 def test_values_and_every_gradient(backend, shape, dtype, layout, ran):
     actual = check_parity(lambda seed: make_inputs(shape, dtype, layout, seed=seed), backend)
-    assert ran[:2] == [f"fwd:{backend}", f"bwd:{backend}"]
+    assert ran[:2] == [f"se_fwd:{backend}", f"se_bwd:{backend}"]
     if 1 not in shape[1:]:  # a dimension of size 1 makes the two formats one
         assert actual["out"].is_contiguous(memory_format=LAYOUTS[layout])
         assert actual["dx"].is_contiguous(memory_format=LAYOUTS[layout])
@@ -197,9 +194,9 @@ def test_only_the_gradients_asked_for(backend, position, monkeypatch):
     inputs, dout = make_inputs((2, 32, 4, 4, 4), torch.float32)
     full = value_and_gradients(inputs, dout, backend=backend)
     masks = []
-    table = se_table("BACKWARD")
-    call = table[backend]
-    monkeypatch.setitem(table, backend, lambda *args: masks.append(list(args[-1])) or call(*args))
+    module = {"cpu": se_cpu, "triton": se_triton}[backend]
+    call = module.se_bwd
+    monkeypatch.setattr(module, "se_bwd", lambda *args: masks.append(list(args[-1])) or call(*args))
     leaves = [t.detach().requires_grad_(i == position) for i, t in enumerate(inputs)]
     out = squeeze_excite(*leaves, backend=backend)
     (gradient,) = torch.autograd.grad(out, leaves[position], dout)
@@ -287,7 +284,7 @@ def test_no_second_derivative_is_claimed():
     x = inputs[0].requires_grad_()
     out = squeeze_excite(x, *inputs[1:], backend="cpu")
     (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="se_bwd"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         dx.sum().backward()
 
 
@@ -322,7 +319,7 @@ def test_triton_refuses_float64():
 def test_auto_takes_the_compiled_kernel_on_the_cpu(ran):
     inputs, dout = make_inputs((1, 8, 2, 2, 2), torch.float32)
     value_and_gradients(inputs, dout)
-    assert ran == ["fwd:cpu", "bwd:cpu"]
+    assert ran == ["se_fwd:cpu", "se_bwd:cpu"]
 
 
 def test_auto_falls_back_to_eager_and_says_so_once(monkeypatch, ran):
