@@ -79,7 +79,10 @@ def score(model: nn.Module, loader: DaliLoader, class_names: tuple[str, ...], pr
         metrics = metrics or ClassificationMetrics(class_names, logits.device)
         metrics.update(logits.float(), labels)
     assert metrics is not None, "a loader holds at least one image"
-    return metrics.compute()
+    try:
+        return metrics.compute()
+    except ValueError as error:
+        raise UserError(f"cannot score: {error}; train with a lower --lr or --amp-dtype bfloat16") from error
 
 
 def _checkpoint_path(name: str, epoch: int | None) -> Path:

@@ -116,7 +116,6 @@ def classification_metrics(
     logits, labels = logits.detach().cpu().double(), labels.detach().cpu().long()
     _check_samples(logits, labels, len(class_names))
     probabilities = logits.softmax(dim=1)
-    # From the logits: two of them may differ where their probabilities round to the same number.
     predictions = logits.argmax(dim=1)
 
     confusion = multiclass_confusion_matrix(predictions, labels, num_classes=len(class_names), validate_args=False)

@@ -93,11 +93,7 @@ class LoadReport:
 
 
 def create_model(
-    name: str,
-    *,
-    num_classes: int,
-    pretrained: bool = False,
-    pretrained_path: PathLike | None = None,
+    name: str, *, num_classes: int, pretrained: bool = False, pretrained_path: PathLike | None = None
 ) -> ResNet:
     """Builds `name`, one of MODEL_NAMES: (N, 3, H, W) images to (N, num_classes) logits.
 
@@ -164,8 +160,7 @@ def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadRep
     expected = model.state_dict()
     fresh = []
 
-    classes = expected["fc.weight"].shape[0]
-    given_classes = given["fc.weight"].shape[0] if "fc.weight" in given else 0
+    classes, given_classes = _classes(expected), _classes(given)
     if given_classes != classes:
         fresh.append(f"classifier ({given_classes} classes in the weights, {classes} here)")
         expected, given = _trunk(expected), _trunk(given)
@@ -195,6 +190,11 @@ def _open_se_gates(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
         elif key.endswith(".se.fc2.bias"):
             nn.init.constant_(parameter, 4.0)
+
+
+def _classes(state: StateDict) -> int:
+    classifier = state.get("fc.weight")
+    return 0 if classifier is None or classifier.dim() == 0 else classifier.shape[0]
 
 
 def _trunk(state: StateDict) -> StateDict:

@@ -21,8 +21,8 @@ from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampl
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.evaluate import make_eval_loader, score
-from engine.metrics import BINARY_METRIC_NAMES, format_report, metric_is_better
-from engine.models import create_model
+from engine.metrics import check_metric_name, format_report, metric_is_better
+from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
 from kernels import fuse_se
@@ -61,7 +61,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     splits = _open_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
-    training, criterion, train_loader = _build(config, splits, device, precision)
+    training, criterion, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
     history: list[Row] = []
     best: Row | None = None
     if checkpoint is not None:
@@ -169,19 +169,12 @@ def _open_data(config: Config) -> Splits:
 
 
 def _build(
-    config: Config, splits: Splits, device: torch.device, precision: Precision
+    config: Config, splits: Splits, device: torch.device, precision: Precision, *, starts_fresh: bool
 ) -> tuple[Training, nn.Module, DaliLoader]:
-    model = create_model(
-        config.model,
-        num_classes=len(splits.train.class_names),
-        pretrained=config.pretrained,
-        pretrained_path=config.pretrained_path,
-    )
-    if config.eval_metric in BINARY_METRIC_NAMES and len(splits.train.class_names) != 2:
-        raise UserError(
-            f"--eval-metric {config.eval_metric} is defined for two classes, and the data has "
-            f"{len(splits.train.class_names)}; use macro_{config.eval_metric}"
-        )
+    check_metric_name(config.eval_metric, len(splits.train.class_names))
+    model = create_model(config.model, num_classes=len(splits.train.class_names))
+    if starts_fresh and (config.pretrained or config.pretrained_path):
+        print(load_pretrained(model, config.model, config.pretrained_path))
     if config.fused_se:
         print(f"{fuse_se(model)} SE modules fused")
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

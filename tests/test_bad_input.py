@@ -152,7 +152,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--model", "resnet9000"), "--model resnet9000"),
         (("--opt", "lion"), "--opt"),
         (("--eval-metric", "vibes"), "--eval-metric vibes"),
-        (("--eval-metric", "f1", "--recipe", "digits"), "--eval-metric f1 is defined for two classes"),
+        (("--eval-metric", "f1", "--recipe", "digits"), "--eval-metric f1: only for two classes"),
         (("--val-fraction", "1.5"), "--val-fraction 1.5"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
         (("--device", "tpu"), "--device tpu"),

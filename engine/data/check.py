@@ -1,0 +1,94 @@
+"""Every image is decoded once before training, so that a bad one is named and left out instead of ending the run.
+
+DALI cannot skip an image: one that fails takes the whole pipeline with it. Each file is first decoded by Pillow, which
+says best what is wrong with it, then by DALI, which is the one that counts and refuses a little more (a PNG without its
+last chunk, some WebP with metadata, 32-bit TIFF, grey JPEG 2000 with alpha).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine.data.dali import Decoder
+from engine.data.probe import pillow_failure
+from engine.data.samples import Samples, Splits, shorten
+from engine.errors import UserError
+
+_FILES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file that cannot be trained on, and why, in a few words."""
+
+    path: str
+    reason: str
+
+
+def check_images(samples: Samples, *, workers: int) -> list[BadFile]:
+    """Decodes every file on ``workers`` threads, with a progress bar on stderr; returns those that fail, in order."""
+    own = threading.local()
+
+    def start_worker() -> None:
+        own.decoder = Decoder(torch.device("cpu"))
+
+    def reason(file: str) -> str | None:
+        return pillow_failure(file) or own.decoder.failure(file)
+
+    bad: list[BadFile] = []
+    with (
+        ThreadPoolExecutor(workers, initializer=start_worker) as pool,
+        tqdm(total=len(samples), desc="checking images", unit="img", leave=False) as bar,
+    ):
+        for start in range(0, len(samples), _FILES_AT_ONCE):
+            files = samples.files[start : start + _FILES_AT_ONCE]
+            for file, why in zip(files, pool.map(reason, files), strict=True):
+                if why is not None:
+                    bad.append(BadFile(file, why))
+                bar.update()
+    return bad
+
+
+def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) -> tuple[Splits, list[BadFile]]:
+    """The splits without the files that cannot be decoded, and those files.
+
+    Raises:
+        UserError: more than ``max_bad_fraction`` of all the files are bad, or a class would lose the last file that it
+            has in one of the splits.
+    """
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction {max_bad_fraction}: give a part between 0 and 1, such as 0.01")
+    parts = {"train": splits.train, "val": splits.val}
+    if splits.test is not None:
+        parts["test"] = splits.test
+    found = {name: check_images(samples, workers=workers) for name, samples in parts.items()}
+
+    bad = [file for files in found.values() for file in files]
+    total = sum(len(samples) for samples in parts.values())
+    if len(bad) > max_bad_fraction * total:
+        first = shorten([f"{file.path} ({file.reason})" for file in bad], limit=3)
+        raise UserError(
+            f"{len(bad)} of {total} images cannot be read: {first}; save them again as PNG or JPEG, remove them, "
+            f"or raise --max-bad-fraction (now {max_bad_fraction:g}) to have them left out"
+        )
+    kept = {name: _without(samples, name, found[name]) for name, samples in parts.items()}
+    return Splits(kept["train"], kept["val"], kept.get("test"), splits.description), bad
+
+
+def _without(samples: Samples, split: str, bad: Sequence[BadFile]) -> Samples:
+    if not bad:
+        return samples
+    paths = {file.path for file in bad}
+    kept = samples.subset(i for i, file in enumerate(samples.files) if file not in paths)
+    for label in np.flatnonzero((samples.class_counts() > 0) & (kept.class_counts() == 0)):
+        gone = [file for file in bad if file.path in samples.subset(np.flatnonzero(samples.labels == label)).files]
+        first = shorten([f"{file.path} ({file.reason})" for file in gone], limit=3)
+        raise UserError(f"class {samples.class_names[label]!r} has no readable image left in {split}: {first}")
+    return kept

@@ -1,0 +1,317 @@
+"""The models against timm and torchvision, and every way in which a weights file can fit or not fit."""
+
+from __future__ import annotations
+
+from urllib.error import URLError
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from engine import models, weights
+from engine.errors import UserError
+from engine.models import MODEL_NAMES, create_model, load_pretrained, seresnet50
+
+SE_NAMES = [name for name in MODEL_NAMES if name.startswith("se")]
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def with_lively_batchnorm(model: nn.Module) -> nn.Module:
+    """Switches every residual branch on and moves the running statistics, so that each part shows in the logits."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.3, 0.7, generator=generator)
+                module.bias.normal_(0, 0.1, generator=generator)
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def images(size: int = 48, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def torchvision_resnet50() -> nn.Module:
+    torch.manual_seed(0)
+    return with_lively_batchnorm(torchvision.models.resnet50()).eval()
+
+
+@pytest.fixture
+def resnet50_file(torchvision_resnet50, tmp_path):
+    path = tmp_path / "resnet50.pth"
+    torch.save(torchvision_resnet50.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", SE_NAMES)
+def test_keys_and_shapes_are_timms(name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name, num_classes=7), timm.create_model(name, num_classes=7)
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in MODEL_NAMES if not name.startswith("se")])
+def test_plain_models_have_torchvisions_keys_and_shapes(name):
+    with torch.device("meta"):
+        ours, theirs = create_model(name, num_classes=7), torchvision.models.get_model(name, num_classes=7)
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("name", SE_NAMES)
+def test_each_model_has_its_own_function(name):
+    with torch.device("meta"):
+        assert shapes(getattr(models, name)(num_classes=7)) == shapes(create_model(name, num_classes=7))
+
+
+def test_initialisation_is_distributed_as_timms():
+    torch.manual_seed(0)
+    ours, theirs = create_model("seresnet18", num_classes=10), timm.create_model("seresnet18", num_classes=10)
+    reference = theirs.state_dict()
+    for key, tensor in ours.state_dict().items():
+        if tensor.numel() < 1000:
+            # BatchNorm is constant; the few small random tensors left are the classifier's and the SE biases.
+            assert (tensor == tensor.flatten()[0]).all() == (reference[key] == reference[key].flatten()[0]).all(), key
+        else:
+            torch.testing.assert_close(tensor.std(), reference[key].std(), rtol=0.1, atol=0, msg=key)
+    assert ours.layer1[0].bn2.weight.abs().max() == 0
+    assert ours.layer1[0].bn1.weight.min() == 1
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "seresnet50"])
+def test_timms_weights_give_timms_logits(name, tmp_path):
+    torch.manual_seed(0)
+    theirs = with_lively_batchnorm(timm.create_model(name, num_classes=5)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    ours = create_model(name, num_classes=5)
+    report = load_pretrained(ours, name, tmp_path / "timm.pth")
+    assert report.fresh == ()
+    assert report.loaded == len(theirs.state_dict())
+
+    ours = ours.eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = theirs.to(memory_format=torch.channels_last)(images())
+        torch.testing.assert_close(ours(images()), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "seresnet50"])
+def test_training_gradients_are_timms(name):
+    torch.manual_seed(0)
+    theirs = with_lively_batchnorm(timm.create_model(name, num_classes=5)).double().train()
+    ours = create_model(name, num_classes=5).double().train()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        nn.functional.cross_entropy(model(images(size=40, count=3).double()), torch.tensor([0, 3, 4])).backward()
+    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    assert min(grad.abs().max() for grad in expected.values()) > 0
+    for key, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[key], rtol=1e-6, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    for key, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, theirs.get_buffer(key))
+
+
+def test_torchvisions_weights_load_with_only_se_fresh(torchvision_resnet50, resnet50_file):
+    model = create_model("seresnet50", num_classes=1000)
+    report = load_pretrained(model, "seresnet50", resnet50_file)
+    assert report.loaded == len(torchvision_resnet50.state_dict())
+    assert len(report.fresh) == 1
+    assert "SE gates" in str(report)
+    assert "resnet50.pth" in str(report)
+
+    missing, unexpected = model.load_state_dict(torchvision_resnet50.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all(".se." in key for key in missing)
+
+    twin = timm.create_model("seresnet50")
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images()), twin.eval()(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_nearly_open_gates_keep_the_pretrained_features(torchvision_resnet50, resnet50_file):
+    model = seresnet50(pretrained_path=resnet50_file).eval()
+    with torch.no_grad():
+        expected, features = torchvision_resnet50(images()), model(images())
+    relative_error = (features - expected).norm() / expected.norm()
+    assert relative_error < 0.05
+    assert not any(block.se.fc2.weight.any() for block in model.layer4)
+    # Open, yet alive: the gates and what feeds them must be able to learn.
+    model.train()(images()).square().mean().backward()
+    assert all(block.se.fc2.weight.grad.abs().max() > 0 for block in model.layer4)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [
+        (None, ""),
+        ("state_dict", ""),
+        ("model", ""),
+        ("state_dict", "module."),
+        ("model", "_orig_mod."),
+        (None, "module."),
+    ],
+)
+def test_wrapped_and_prefixed_checkpoints_load(wrapper, prefix, tmp_path):
+    torch.manual_seed(0)
+    source = create_model("seresnet18", num_classes=3)
+    state = {prefix + key: tensor for key, tensor in source.state_dict().items()}
+    torch.save({wrapper: state, "epoch": 4} if wrapper else state, tmp_path / "last.pt")
+    loaded = create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / "last.pt")
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key]), key
+
+
+def test_safetensors_load(tmp_path):
+    source = create_model("seresnet18", num_classes=3)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    loaded = create_model("seresnet18", num_classes=3, pretrained_path=str(tmp_path / "model.safetensors"))
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("has_classifier", [True, False])
+def test_another_number_of_classes_leaves_the_classifier_fresh(has_classifier, tmp_path, caplog):
+    source = create_model("seresnet18", num_classes=3).state_dict()
+    if not has_classifier:
+        del source["fc.weight"], source["fc.bias"]
+    torch.save(source, tmp_path / "source.pth")
+    torch.manual_seed(7)
+    untouched = create_model("seresnet18", num_classes=5)
+    torch.manual_seed(7)
+    with caplog.at_level("INFO", logger="engine"):
+        model = create_model("seresnet18", num_classes=5, pretrained_path=tmp_path / "source.pth")
+    assert torch.equal(model.fc.weight, untouched.fc.weight)
+    assert torch.equal(model.layer4[1].conv2.weight, source["layer4.1.conv2.weight"])
+    assert f"classifier ({3 if has_classifier else 0} classes in the weights, 5 here)" in caplog.text
+
+
+def test_weights_from_before_num_batches_tracked_load(tmp_path):
+    source = create_model("resnet18", num_classes=3).state_dict()
+    torch.save({k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}, tmp_path / "old.pth")
+    model = create_model("resnet18", num_classes=3, pretrained_path=tmp_path / "old.pth")
+    assert torch.equal(model.conv1.weight, source["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("file_model", "wanted", "way_out"),
+    [
+        ("resnet34", "seresnet50", "looks like resnet34: pass --model resnet34 or seresnet34"),
+        ("seresnet18", "resnet18", "looks like seresnet18: pass --model seresnet18"),
+        ("seresnet34", "seresnet50", "looks like seresnet34: pass --model seresnet34"),
+    ],
+)
+def test_weights_of_another_model_are_named(file_model, wanted, way_out, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(create_model(file_model, num_classes=3).state_dict(), path)
+    model = create_model(wanted, num_classes=3)
+    before = model.conv1.weight.clone()
+    with pytest.raises(UserError, match=f"weights.pth: does not fit {wanted} .*{way_out}") as error:
+        load_pretrained(model, wanted, path)
+    assert "\n" not in str(error.value)
+    assert torch.equal(model.conv1.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("layer1.0.conv1.weight"), r"missing: layer1\.0\.conv1\.weight\)"),
+        (lambda s: s.pop("layer1.0.se.fc1.bias"), r"missing: layer1\.0\.se\.fc1\.bias\)"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"unexpected: extra\)"),
+        (
+            lambda s: s.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}),
+            r"wrong shape: conv1\.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)\)",
+        ),
+        (lambda s: s.pop("fc.bias"), r"missing: fc\.bias\)"),
+    ],
+    ids=["missing", "part of SE missing", "unexpected", "wrong shape", "half a classifier"],
+)
+def test_a_state_dict_that_almost_fits_is_refused(damage, message, tmp_path):
+    state = create_model("seresnet18", num_classes=3).state_dict()
+    damage(state)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=f"odd.pth: does not fit seresnet18 .*{message}; it looks like none of"):
+        create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / "odd.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_unreadable_files_are_user_errors(suffix, tmp_path):
+    with pytest.raises(UserError, match=f"absent{suffix}: no such weights file"):
+        create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / f"absent{suffix}")
+
+    whole = tmp_path / f"whole{suffix}"
+    state = {"weight": torch.zeros(1000)}
+    torch.save(state, whole) if suffix == ".pth" else save_file(state, whole)
+    for name, content in {"cut": whole.read_bytes()[:300], "text": b"<html>not found</html>", "empty": b""}.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}{suffix}: cannot be read as weights") as error:
+            create_model("seresnet18", num_classes=3, pretrained_path=path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_pickled_module_is_refused_without_running_it(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(UserError, match=r"module\.pth: cannot be read as weights .*more in it than tensors"):
+        create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / "module.pth")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {}, {"epoch": 3}, [torch.zeros(1)]])
+def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: holds no state dict"):
+        create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / "other.pth")
+
+
+def test_unknown_names_and_numbers_of_classes_are_refused():
+    with pytest.raises(UserError, match=r"--model seresnet51: unknown; choose one of .*seresnet50"):
+        create_model("seresnet51", num_classes=3)
+    with pytest.raises(UserError, match="--num-classes 0"):
+        create_model("seresnet50", num_classes=0)
+
+
+def test_pretrained_takes_torchvisions_own_weights(monkeypatch, torchvision_resnet50):
+    asked = []
+
+    def get_state_dict(self, **kwargs):
+        asked.append((self.name, self.url, kwargs))
+        return torchvision_resnet50.state_dict()
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", get_state_dict)
+    model = seresnet50(num_classes=4, pretrained=True)
+    assert torch.equal(model.layer1[0].conv1.weight, torchvision_resnet50.layer1[0].conv1.weight)
+    assert asked == [
+        (
+            "IMAGENET1K_V2",
+            "https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
+            {"progress": True, "check_hash": True},
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_every_plain_model_has_downloadable_weights(name, monkeypatch):
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self, **_: {"url": self.url})
+    assert f"/{name}-" in weights.download_imagenet_weights(name)["url"]
+
+
+@pytest.mark.parametrize("failure", [URLError("no route"), RuntimeError("invalid hash value"), TimeoutError()])
+def test_a_failing_download_points_to_pretrained_path(failure, monkeypatch):
+    def fail(self, **_):
+        raise failure
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
+    with pytest.raises(UserError, match=r"resnet34-.*\.pth .*--pretrained-path"):
+        create_model("seresnet34", num_classes=3, pretrained=True)
