@@ -100,6 +100,9 @@ class Config:
     seed: int = _flag(42, "of the initial weights, the split, the sampling and the augmentation", type=int)
 
     def __post_init__(self) -> None:
+        for name in ("data_dir", "csv", "val_csv", "test_csv", "pretrained_path"):
+            if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
+                setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_bad_fraction", "aug_prob", "hflip"):
@@ -160,13 +163,15 @@ def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
     if recipe is not None:
         raise UserError("--recipe does not go with --resume: a run goes on with its own args.yaml")
     values = _checked(_read_yaml(args_file), str(args_file))
-    for name, value in given.items():
-        if name not in _MAY_CHANGE_ON_RESUME and value != values.get(name):
+    before, after = Config(**values), Config(**(values | given))
+    for name in given:
+        old, new = getattr(before, name), getattr(after, name)
+        if name not in _MAY_CHANGE_ON_RESUME and old != new:
             raise UserError(
-                f"{_spelled(name)} {value} does not go with --resume (the run has {values.get(name)}); "
-                f"start a new run with --recipe {args_file} {_spelled(name)} {value}"
+                f"{_spelled(name)} {new} does not go with --resume (the run has {old}); "
+                f"start a new run with --recipe {args_file} {_spelled(name)} {new}"
             )
-    return Config(**(values | given))
+    return after
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config
-from engine.data import DaliLoader, Samples, open_samples, open_splits
+from engine.data import DaliLoader, Samples, drop_bad_samples, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.metrics import ClassificationMetrics, format_report
@@ -40,7 +40,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     path = _checkpoint_path(args.checkpoint, args.epoch)
     checkpoint = load_checkpoint(path)
     config = Config.from_mapping(checkpoint["args"], str(path))
-    changes = {name: getattr(args, name) for name in ("batch_size", "workers") if getattr(args, name) is not None}
+    changes = {
+        name: getattr(args, name)
+        for name in ("batch_size", "workers", "max_bad_fraction")
+        if getattr(args, name) is not None
+    }
     config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
@@ -104,19 +108,28 @@ def _checkpoint_path(name: str, epoch: int | None) -> Path:
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
+    """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
-        samples = open_samples(data_dir=args.data_dir, csv=args.csv, class_names=class_names)
-        name = args.csv or args.data_dir
-        return name, samples
-    splits = open_splits(
-        data_dir=config.data_dir,
-        csv=config.csv,
-        val_csv=config.val_csv,
-        test_csv=config.test_csv,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    return ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+        name = str(args.csv or args.data_dir)
+        samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv)
+    else:
+        splits = open_splits(
+            data_dir=config.data_dir,
+            csv=config.csv,
+            val_csv=config.val_csv,
+            test_csv=config.test_csv,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+        )
+        if splits.train.class_names != class_names:
+            raise UserError(
+                f"{splits.description}: its classes are not the model's; name images with --data-dir or --csv"
+            )
+        name, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+    kept, bad = drop_bad_samples({name: samples}, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
+    for file in bad:
+        print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+    return name, kept[name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir", metavar="DIR", help="folder with test/CLASS/* or CLASS/*; the run's own test images without it"
     )
     images.add_argument("--csv", metavar="FILE", help="manifest with the columns filename,label")
+    parser.add_argument("--max-bad-fraction", type=float, help="largest share of unreadable images that is accepted")
     parser.add_argument("--epoch", type=int, help="score that epoch, where the run kept it (--keep-epochs)")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")
     parser.add_argument("-b", "--batch-size", type=int, help="images a step")

@@ -101,6 +101,14 @@ def test_values_out_of_range_are_named(wrong):
 # Through DALI, against torchvision: images of SIDE x SIDE pass the resize untouched, so only the operator is compared.
 
 
+NO_WARP = {"degrees": 0.0, "translate_x": 0.0, "translate_y": 0.0, "scale": 1.0, "shear": 0.0, "hflip": False}
+NO_COLOR = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+
+
+def repeated(neutral: dict[str, Any], change: dict[str, Any], n: int) -> dict[str, np.ndarray]:
+    return {name: np.full(n, change.get(name, value)) for name, value in neutral.items()}
+
+
 @dataclass(frozen=True)
 class Fixed(Augmentation):
     """One and the same change for every image."""
@@ -109,16 +117,10 @@ class Fixed(Augmentation):
 
     def draw(self, seed: int, epoch: int, positions: np.ndarray) -> Drawn:
         n = len(positions)
-        values = {name: np.full(n, value) for name, value in self.change.items()}
-        geometry = ("degrees", "translate_x", "translate_y", "scale", "shear", "hflip")
-        neutral = dict.fromkeys(geometry, np.zeros(n)) | {"scale": np.ones(n), "hflip": np.zeros(n, dtype=bool)}
-        warp = warp_matrices(**(neutral | {k: v for k, v in values.items() if k in geometry}))
-        colors = dict.fromkeys(("brightness", "contrast", "saturation"), np.ones(n)) | {"hue": np.zeros(n)}
-        color, pivot = color_matrices(**(colors | {k: v for k, v in values.items() if k in colors}))
-        geometric = np.full(n, bool(set(self.change) & set(geometry)))
-        return Drawn(
-            geometric, geometric, geometric, np.full(n, bool(set(self.change) & set(colors))), warp, color, pivot
-        )
+        warped = np.full(n, not NO_WARP.keys().isdisjoint(self.change))
+        jitter = np.full(n, not NO_COLOR.keys().isdisjoint(self.change))
+        warp = warp_matrices(**repeated(NO_WARP, self.change, n))
+        return Drawn(warped, warped, warped, jitter, warp, *color_matrices(**repeated(NO_COLOR, self.change, n)))
 
 
 @pytest.fixture(scope="module")
@@ -179,17 +181,24 @@ def test_horizontal_flip_is_exact(samples):
 
 
 def test_rotation_affine_and_flip_compose_in_torchvisions_order(samples):
-    image = F.gaussian_blur(plain(samples), [9, 9])  # torchvision samples twice, which blurs: compare smooth pictures
+    """Rotation first. torchvision samples twice and so blurs: smooth pictures are compared, away from the border."""
+    image = F.gaussian_blur(plain(samples), [9, 9])
     expected = F.rotate(image, 12.0, **BILINEAR)
     expected = F.affine(expected, angle=0.0, translate=[4, -2], scale=1.1, shear=[9.0, 0.0], **BILINEAR)
     expected = F.gaussian_blur(F.horizontal_flip(expected), [9, 9])
-    actual = changed(
-        samples, degrees=12.0, translate_x=4 / SIDE, translate_y=-2 / SIDE, scale=1.1, shear=9.0, hflip=True
-    )
-    actual = F.gaussian_blur(F.gaussian_blur(actual, [9, 9]), [9, 9])
+    change = {"translate_x": 4 / SIDE, "translate_y": -2 / SIDE, "scale": 1.1, "shear": 9.0, "hflip": True}
+    actual = F.gaussian_blur(F.gaussian_blur(changed(samples, degrees=12.0, **change), [9, 9]), [9, 9])
     inner = (..., slice(12, -12), slice(12, -12))
     assert levels(actual, expected)[inner].mean() < 1.0
     assert levels(F.horizontal_flip(actual), expected)[inner].mean() > 10
+
+    def matrix(**change: Any) -> np.ndarray:
+        return np.vstack([warp_matrices(**repeated(NO_WARP, change, 1))[0], [0, 0, 1]])
+
+    flip, affine = matrix(hflip=True), matrix(**change | {"hflip": False})
+    rotate = matrix(degrees=12.0)  # from output to input the last operator comes first
+    np.testing.assert_allclose(matrix(degrees=12.0, **change), rotate @ affine @ flip, atol=1e-6)
+    assert np.abs(affine @ rotate @ flip - rotate @ affine @ flip).max() > 1e-2
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.2])
@@ -209,11 +218,19 @@ def test_color_factors_compose_in_order(samples):
     assert levels(changed(samples, brightness=0.85, contrast=0.8, saturation=1.15), expected).max() < 0.2
 
 
+def test_hue_comes_after_saturation():
+    def matrix(**change: float) -> np.ndarray:
+        return color_matrices(**repeated(NO_COLOR, change, 1))[0][0]
+
+    hue, saturation = matrix(hue=0.1), matrix(saturation=0.5)
+    np.testing.assert_allclose(matrix(hue=0.1, saturation=0.5), hue @ saturation, atol=1e-6)
+    assert np.abs(saturation @ hue - hue @ saturation).max() > 1e-2
+
+
 @pytest.mark.parametrize("hue", [-0.05, 0.05, 0.1])
 def test_hue_turns_as_far_as_torchvisions_and_keeps_grey_and_mean(hue):
     rgb = torch.tensor(picture(40, 40) / 255).permute(2, 0, 1)
-    one = np.ones(1)
-    color, pivot = color_matrices(brightness=one, contrast=one, saturation=one, hue=np.array([hue]))
+    color, pivot = color_matrices(**repeated(NO_COLOR, {"hue": hue}, 1))
     turned = torch.einsum("ij,jhw->ihw", torch.tensor(color[0], dtype=torch.float64), rgb)
     assert (pivot == 0).all()
     torch.testing.assert_close(turned.mean(dim=0), rgb.mean(dim=0), atol=1e-6, rtol=0)

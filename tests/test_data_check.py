@@ -144,7 +144,7 @@ def splits_with_bad(tmp_path: Path, bad: int) -> Splits:
 
 def test_bad_files_are_left_out(tmp_path):
     splits = splits_with_bad(tmp_path, 2)
-    kept, bad = drop_bad(splits, workers=2, max_bad_fraction=0.1)
+    kept, bad = drop_bad(splits, workers=2, max_bad_fraction=0.5)
     assert [file.path for file in bad] == list(splits.train.files[:2])
     assert kept.train.files == splits.train.files[2:]
     assert kept.train.labels.tolist() == [0] * 4 + [1] * 6
@@ -162,6 +162,15 @@ def test_more_bad_files_than_allowed_stop_the_run(tmp_path):
         drop_bad(splits, workers=2)
     assert "--max-bad-fraction" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_limit_itself_is_allowed(tmp_path):
+    splits = splits_with_bad(tmp_path, 2)
+    assert len(drop_bad(splits, workers=2, max_bad_fraction=2 / 20)[1]) == 2
+    with pytest.raises(UserError, match="2 of 20"):
+        drop_bad(splits, workers=2, max_bad_fraction=1.9 / 20)
+    with pytest.raises(UserError, match=r"--max-bad-fraction 1\.5"):
+        drop_bad(splits, workers=2, max_bad_fraction=1.5)
 
 
 def test_a_class_that_loses_its_last_image_stops_the_run(tmp_path):

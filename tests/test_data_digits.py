@@ -68,8 +68,9 @@ def test_what_a_crash_left_out_is_added(tmp_path, root, monkeypatch):
     assert not (tmp_path / "digits.json").exists()
 
     write_digits(tmp_path)
-    (tmp_path / "test" / "3").joinpath(next((root / "test" / "3").iterdir()).name).unlink()
-    (tmp_path / "test" / "4").joinpath(next((root / "test" / "4").iterdir()).name).write_bytes(b"")
+    next((tmp_path / "test" / "3").iterdir()).unlink()
+    write_digits(tmp_path)
+    next((tmp_path / "test" / "4").iterdir()).write_bytes(b"")
     write_digits(tmp_path)
     files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*")}
     assert {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")} == files

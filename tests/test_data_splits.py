@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,16 @@ def test_validation_takes_one_of_two_and_none_of_one(tmp_path):
 
 def test_validation_split_depends_on_the_seed_and_on_nothing_else(tmp_path):
     make_folder(tmp_path / "x", {"a": 20, "b": 20})
-    make_folder(tmp_path / "y", {"b": 20, "a": 20})  # made in another order
+    for file in sorted((tmp_path / "x").glob("*/*.png"), reverse=True):  # made in another order
+        (tmp_path / "y" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "y" / file.parent.name)
     first, again, elsewhere, other = (
         open_splits(data_dir=tmp_path / folder, seed=seed) for folder, seed in (("x", 1), ("x", 1), ("y", 1), ("x", 2))
     )
     assert first.val.files == again.val.files
     assert names(first.val) == names(elsewhere.val)
+    for splits in (first, elsewhere):
+        assert list(splits.train.files) == sorted(splits.train.files)
     assert first.val.files != other.val.files
     assert by_split(first)["train"].isdisjoint(first.val.files)
 

@@ -4,7 +4,7 @@ DALI is imported by ``engine.data.dali`` alone, and there only when a loader is 
 """
 
 from engine.data.augment import Augmentation
-from engine.data.check import BadFile, check_images, drop_bad
+from engine.data.check import BadFile, check_images, drop_bad, drop_bad_samples
 from engine.data.dali import IMAGENET_MEAN, IMAGENET_STD, DaliLoader
 from engine.data.digits import write_digits
 from engine.data.sampler import WeightedSampler
@@ -22,6 +22,7 @@ __all__ = [
     "WeightedSampler",
     "check_images",
     "drop_bad",
+    "drop_bad_samples",
     "open_samples",
     "open_splits",
     "write_digits",

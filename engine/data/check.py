@@ -8,7 +8,7 @@ last chunk, some WebP with metadata, 32-bit TIFF, grey JPEG 2000 with alpha).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -63,11 +63,19 @@ def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) ->
         UserError: more than ``max_bad_fraction`` of all the files are bad, or a class would lose the last file that it
             has in one of the splits.
     """
-    if not 0 <= max_bad_fraction <= 1:
-        raise UserError(f"--max-bad-fraction {max_bad_fraction}: give a part between 0 and 1, such as 0.01")
     parts = {"train": splits.train, "val": splits.val}
     if splits.test is not None:
         parts["test"] = splits.test
+    kept, bad = drop_bad_samples(parts, workers=workers, max_bad_fraction=max_bad_fraction)
+    return Splits(kept["train"], kept["val"], kept.get("test"), splits.description), bad
+
+
+def drop_bad_samples(
+    parts: Mapping[str, Samples], *, workers: int, max_bad_fraction: float = 0.01
+) -> tuple[dict[str, Samples], list[BadFile]]:
+    """``drop_bad`` for any sets of samples by name; the fraction is that of all of them together."""
+    if not 0 <= max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction {max_bad_fraction}: give a part between 0 and 1, such as 0.01")
     found = {name: check_images(samples, workers=workers) for name, samples in parts.items()}
 
     bad = [file for files in found.values() for file in files]
@@ -78,8 +86,7 @@ def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) ->
             f"{len(bad)} of {total} images cannot be read: {first}; save them again as PNG or JPEG, remove them, "
             f"or raise --max-bad-fraction (now {max_bad_fraction:g}) to have them left out"
         )
-    kept = {name: _without(samples, name, found[name]) for name, samples in parts.items()}
-    return Splits(kept["train"], kept["val"], kept.get("test"), splits.description), bad
+    return {name: _without(samples, name, found[name]) for name, samples in parts.items()}, bad
 
 
 def _without(samples: Samples, split: str, bad: Sequence[BadFile]) -> Samples:

@@ -16,8 +16,8 @@ class WeightedSampler:
     ``"inverse"``: with replacement, with class_weight * class_count the same for every class, so that each class that
     has an image at all is drawn equally often on average. ``"none"``: every image once, in random order.
 
-    A draw picks a class by binary search in the cumulative class weights (float64) and then an image of it: exact for any
-    number of images, where ``torch.multinomial`` ends at 2^24 categories.
+    A draw picks a class by binary search in the cumulative class weights (float64) and then an image of it: exact for
+    any number of images, where ``torch.multinomial`` ends at 2^24 categories.
 
     Args:
         labels: (n,) integers in [0, num_classes).
