@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import SqueezeExcitation
 
 from kernels import FusedSE, FusedSEBlock, SEBlock, fuse_se, unfuse_se
+from tests.backends import DEVICES, FUSED
 
 
 def timm_se(channels: int = 32, **options) -> nn.Module:
@@ -147,11 +148,12 @@ def test_what_the_operator_cannot_express_is_left_alone(make):
     assert net.se is before
 
 
-@pytest.mark.parametrize("backend", ("cpu", "triton"))
+@pytest.mark.parametrize("backend", FUSED)
 def test_fused_seblock_is_the_seblock(backend):
-    eager, fused = SEBlock(48, reduction=4), FusedSEBlock(48, reduction=4, backend=backend)
+    device = DEVICES[backend]
+    eager, fused = SEBlock(48, reduction=4).to(device), FusedSEBlock(48, reduction=4, backend=backend).to(device)
     fused.load_state_dict(eager.state_dict())
-    x = torch.randn(2, 48, 5, 7).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 48, 5, 7, device=device).to(memory_format=torch.channels_last)
     torch.testing.assert_close(fused(x), eager(x))
     assert fused(x).is_contiguous(memory_format=torch.channels_last)
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels import BackendUnavailable, SEBlock, se_cpu, se_triton, squeeze_excite
 from tests.accuracy import assert_as_accurate_as_eager
+from tests.backends import DEVICES, FUSED
 
-FUSED = ("cpu", "triton")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # (N, C, H, W, R): the four stages of SE-ResNet50 cut down in N and HW, and odd ones
 STAGES = {
@@ -53,14 +53,20 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def make_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str = "channels_last", bias: bool = True, seed: int = 0
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    layout: str = "channels_last",
+    bias: bool = True,
+    seed: int = 0,
 ):
     """[x, w1, w2, b1, b2] and dout: drawn in float64 and rounded to dtype, so that every precision sees one set."""
     N, C, H, W, R = shape
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICES[backend], dtype)
 
     x = (draw(N, C, H, W) + 0.5).to(memory_format=LAYOUTS[layout])
     dout = draw(N, C, H, W).to(memory_format=LAYOUTS[layout])
@@ -104,7 +110,7 @@ def check_parity(draw, backend: str, **options: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", (STAGES | ODD).values(), ids=(STAGES | ODD).keys())
 @pytest.mark.parametrize("backend", FUSED)
 def test_values_and_every_gradient(backend, shape, dtype, layout, ran):
-    actual = check_parity(lambda seed: make_inputs(shape, dtype, layout, seed=seed), backend)
+    actual = check_parity(lambda seed: make_inputs(shape, dtype, backend, layout=layout, seed=seed), backend)
     assert ran[:2] == [f"se_fwd:{backend}", f"se_bwd:{backend}"]
     if 1 not in shape[1:]:  # a dimension of size 1 makes the two formats one
         assert actual["out"].is_contiguous(memory_format=LAYOUTS[layout])
@@ -116,7 +122,7 @@ def test_values_and_every_gradient(backend, shape, dtype, layout, ran):
 @pytest.mark.parametrize("backend", FUSED)
 def test_activations_and_gates(backend, bias, act, gate):
     def draw(seed):
-        inputs, dout = make_inputs((3, 40, 5, 5, 20), torch.float32, bias=bias, seed=seed)
+        inputs, dout = make_inputs((3, 40, 5, 5, 20), torch.float32, backend, bias=bias, seed=seed)
         inputs[2] = inputs[2] * 4  # some gates saturate, so that both ends of hardsigmoid are met
         return inputs, dout
 
@@ -125,15 +131,15 @@ def test_activations_and_gates(backend, bias, act, gate):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_is_the_function_of_the_seblock(backend):
-    block = SEBlock(64, reduction=16)
-    x = torch.randn(2, 64, 7, 7)
+    block = SEBlock(64, reduction=16).to(DEVICES[backend])
+    x = torch.randn(2, 64, 7, 7, device=DEVICES[backend])
     out = squeeze_excite(x, block.fc[0].weight, block.fc[2].weight, backend=backend)
     torch.testing.assert_close(out, block(x))
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_sliced_and_offset_views_are_read_in_place(backend):
-    inputs, _ = make_inputs((2, 40, 9, 8, 20), torch.float32)
+    inputs, _ = make_inputs((2, 40, 9, 8, 20), torch.float32, backend)
     whole = inputs[0]
     views = {
         "rows and columns": whole[:, :, 1:, 2:7],
@@ -144,22 +150,26 @@ def test_sliced_and_offset_views_are_read_in_place(backend):
     }
     for name, x in views.items():
         before = x.clone()
-        dout = torch.randn(x.shape)
+        dout = torch.randn_like(x)
         check_parity(lambda _, x=x, dout=dout: ([x, *inputs[1:]], dout), backend)
         assert torch.equal(x, before), name
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_expanded_and_foreign_gradients(backend):
-    inputs, dout = make_inputs((2, 40, 6, 5, 20), torch.float32)
-    per_channel = torch.randn(2, 40, 1, 1)
-    for gradient in (torch.ones(1, 1, 1, 1).expand(dout.shape), per_channel.expand(dout.shape), dout.contiguous()):
+    inputs, dout = make_inputs((2, 40, 6, 5, 20), torch.float32, backend)
+    per_channel = dout[:, :, :1, :1]
+    for gradient in (
+        torch.ones_like(dout[:1, :1, :1, :1]).expand(dout.shape),
+        per_channel.expand(dout.shape),
+        dout.contiguous(),
+    ):
         check_parity(lambda _, gradient=gradient: (inputs, gradient), backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_empty_batch(backend):
-    inputs, dout = make_inputs((0, 24, 6, 5, 4), torch.float32)
+    inputs, dout = make_inputs((0, 24, 6, 5, 4), torch.float32, backend)
     got = value_and_gradients(inputs, dout, backend=backend)
     assert got["out"].shape == got["dx"].shape == (0, 24, 6, 5)
     assert all(not got[name].any() for name in ("dw1", "db1", "dw2", "db2"))
@@ -168,7 +178,7 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("backend", FUSED)
 def test_float32_weights_with_half_activations(backend):
     """As under autocast: the weights keep their dtype and so do their gradients."""
-    inputs, dout = make_inputs((2, 32, 7, 7, 4), torch.float32)
+    inputs, dout = make_inputs((2, 32, 7, 7, 4), torch.float32, backend)
     mixed = [inputs[0].bfloat16(), *inputs[1:]]
     got = value_and_gradients(mixed, dout.bfloat16(), backend=backend)
     assert got["out"].dtype == got["dx"].dtype == torch.bfloat16
@@ -180,9 +190,9 @@ def test_float32_weights_with_half_activations(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_autocast_changes_nothing(backend):
-    inputs, dout = make_inputs((2, 32, 7, 7, 4), torch.float32)
+    inputs, dout = make_inputs((2, 32, 7, 7, 4), torch.float32, backend)
     plain = value_and_gradients(inputs, dout, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICES[backend], torch.bfloat16):
         cast = value_and_gradients(inputs, dout, backend=backend)
     for name in plain:
         assert torch.equal(plain[name], cast[name]), name
@@ -191,7 +201,7 @@ def test_autocast_changes_nothing(backend):
 @pytest.mark.parametrize("position", range(5))
 @pytest.mark.parametrize("backend", FUSED)
 def test_only_the_gradients_asked_for(backend, position, monkeypatch):
-    inputs, dout = make_inputs((2, 32, 4, 4, 4), torch.float32)
+    inputs, dout = make_inputs((2, 32, 4, 4, 4), torch.float32, backend)
     full = value_and_gradients(inputs, dout, backend=backend)
     masks = []
     module = {"cpu": se_cpu, "triton": se_triton}[backend]
@@ -207,7 +217,7 @@ def test_only_the_gradients_asked_for(backend, position, monkeypatch):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_repeats_are_bitwise_equal(backend):
-    inputs, dout = make_inputs((3, 40, 9, 7, 5), torch.bfloat16)
+    inputs, dout = make_inputs((3, 40, 9, 7, 5), torch.bfloat16, backend)
     first = value_and_gradients(inputs, dout, backend=backend)
     for _ in range(5):
         again = value_and_gradients(inputs, dout, backend=backend)
@@ -217,7 +227,7 @@ def test_repeats_are_bitwise_equal(backend):
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
 @pytest.mark.parametrize("backend", FUSED)
 def test_nan_and_inf_are_carried_as_eager_carries_them(backend, value):
-    inputs, dout = make_inputs((3, 24, 4, 4, 4), torch.float32)
+    inputs, dout = make_inputs((3, 24, 4, 4, 4), torch.float32, backend)
     inputs[0][1, 5, 2, 2] = value
     got = value_and_gradients(inputs, dout, backend=backend)
     eager = value_and_gradients(inputs, dout, backend="eager")
@@ -229,7 +239,7 @@ def test_nan_and_inf_are_carried_as_eager_carries_them(backend, value):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("act", "gate"), (("relu", "sigmoid"), ("silu", "hardsigmoid"), ("gelu", "sigmoid")))
 def test_gradcheck_of_the_cpu_kernel(act, gate, layout):
-    inputs, _ = make_inputs((2, 6, 3, 2, 3), torch.float64, layout)
+    inputs, _ = make_inputs((2, 6, 3, 2, 3), torch.float64, "cpu", layout=layout)
     leaves = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(
         lambda *args: squeeze_excite(*args, act=act, gate=gate, backend="cpu"), leaves, nondet_tol=0
@@ -240,7 +250,7 @@ def test_gradcheck_of_the_cpu_kernel(act, gate, layout):
 @pytest.mark.parametrize("bias", (False, True), ids=("no_bias", "bias"))
 @pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend, bias, shape):
-    (x, w1, w2, b1, b2), dout = make_inputs(shape, torch.float32, bias=bias)
+    (x, w1, w2, b1, b2), dout = make_inputs(shape, torch.float32, backend, bias=bias)
     names = ("relu", "sigmoid", backend)
     leaves = [None if t is None else t.requires_grad_() for t in (x, w1, b1, w2, b2)]
     torch.library.opcheck(torch.ops.kernels.se_fwd, (*leaves, *names))
@@ -257,7 +267,7 @@ def test_opcheck(backend, bias, shape):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_compiles_without_a_graph_break(backend):
-    inputs, dout = make_inputs((2, 16, 4, 4, 2), torch.float32)
+    inputs, dout = make_inputs((2, 16, 4, 4, 2), torch.float32, backend)
     leaves = [t.requires_grad_() for t in inputs]
     compiled = torch.compile(lambda *args: squeeze_excite(*args, backend=backend) * 2, fullgraph=True)
     out = compiled(*leaves)
@@ -269,7 +279,7 @@ def test_compiles_without_a_graph_break(backend):
 
 
 def test_counts_the_flops_that_eager_counts():
-    inputs, dout = make_inputs((2, 64, 7, 7, 8), torch.float32, bias=False)
+    inputs, dout = make_inputs((2, 64, 7, 7, 8), torch.float32, "cpu", bias=False)
 
     def total(backend: str) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -280,7 +290,7 @@ def test_counts_the_flops_that_eager_counts():
 
 
 def test_no_second_derivative_is_claimed():
-    inputs, _ = make_inputs((1, 4, 2, 2, 2), torch.float64)
+    inputs, _ = make_inputs((1, 4, 2, 2, 2), torch.float64, "cpu")
     x = inputs[0].requires_grad_()
     out = squeeze_excite(x, *inputs[1:], backend="cpu")
     (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -311,13 +321,13 @@ def test_bad_input_is_named(args, options, message):
 
 
 def test_triton_refuses_float64():
-    (x, w1, w2, *_), _ = make_inputs((1, 4, 2, 2, 2), torch.float64)
+    (x, w1, w2, *_), _ = make_inputs((1, 4, 2, 2, 2), torch.float64, "cpu")
     with pytest.raises(BackendUnavailable, match="float64"):
         squeeze_excite(x, w1, w2, backend="triton")
 
 
 def test_auto_takes_the_compiled_kernel_on_the_cpu(ran):
-    inputs, dout = make_inputs((1, 8, 2, 2, 2), torch.float32)
+    inputs, dout = make_inputs((1, 8, 2, 2, 2), torch.float32, "cpu")
     value_and_gradients(inputs, dout)
     assert ran == ["se_fwd:cpu", "se_bwd:cpu"]
 
@@ -327,7 +337,7 @@ def test_auto_falls_back_to_eager_and_says_so_once(monkeypatch, ran):
 
     monkeypatch.setattr(backends, "_status", lambda: {"eager": "ok", "cpu": "no compiler", "triton": "no GPU"})
     backends._warn_eager.cache_clear()
-    inputs, dout = make_inputs((1, 8, 2, 2, 2), torch.float32)
+    inputs, dout = make_inputs((1, 8, 2, 2, 2), torch.float32, "cpu")
     with pytest.warns(RuntimeWarning, match="no compiler") as record:
         value_and_gradients(inputs, dout)
         value_and_gradients(inputs, dout)

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one run of a few minutes: build, parity tests, benchmarks against their peers.
+#
+#   benchmarks/gpu_suite.sh OUT_DIR              on a machine with an NVIDIA GPU
+#   benchmarks/gpu_suite.sh --rehearse OUT_DIR   the same steps on the CPU, cut down, so that the script cannot rot
+#
+# Writes OUT_DIR/{environment,benchmarks}.json and a log a step; the last lines printed are the table. A step that fails
+# does not keep the next from running; the exit status tells.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+rehearse=
+if [ "${1:-}" = --rehearse ]; then
+    rehearse=yes
+    shift
+fi
+out=${1:?usage: benchmarks/gpu_suite.sh [--rehearse] OUT_DIR}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+failed=
+
+step() { # name, command...
+    local name=$1 began=$SECONDS
+    shift
+    if "$@" >"$out/$name.log" 2>&1; then
+        echo "$name: ok, $((SECONDS - began)) s"
+    else
+        echo "$name: FAILED, $((SECONDS - began)) s; the end of $out/$name.log:"
+        tail -n 15 "$out/$name.log"
+        failed=yes
+    fi
+}
+
+step build "$python" setup.py build_ext --inplace
+step environment "$python" - "$out/environment.json" <<'PYTHON'
+import json, platform, sys, time
+import torch, torchvision, triton
+import kernels
+
+gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+facts = {
+    "gpu": gpu.name if gpu else None,
+    "compute_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+    "date": time.strftime("%Y-%m-%d"),
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "torchvision": torchvision.__version__,
+    "triton": triton.__version__,
+    "backends": kernels.available_backends(),
+}
+with open(sys.argv[1], "w") as file:
+    json.dump(facts, file, indent=2)
+print(facts)
+PYTHON
+if [ -n "$rehearse" ]; then
+    step parity "$python" -m pytest tests/test_squeeze_excite.py -q -k "triton and odd" -p no:cacheprovider
+    selection=(-k "stage and 4 and float32")
+else
+    step parity "$python" -m pytest tests -q -m gpu -p no:cacheprovider
+    selection=()
+fi
+step benchmarks "$python" -m pytest benchmarks/ --benchmark-only -q -p no:cacheprovider \
+    --benchmark-json "$out/benchmarks.json" "${selection[@]}"
+sed -n '/^=* times and ratios/,$p' "$out/benchmarks.log"
+[ -z "$failed" ]
