@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,7 +28,7 @@ SOURCES = [
     "csrc/se_avx2.cpp",
     "csrc/se_avx512.cpp",
 ]
-HEADERS = ["csrc/se.h", "csrc/se_simd.h", "csrc/se_kernels.h"]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 # Ampere to Blackwell, and PTX of the last for what follows; never the GPU that happens to be visible.
 CUDA_ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -44,6 +46,7 @@ class BuildKernels(build_ext):
         for place in (Path(self.get_ext_fullpath(NAME)), Path(self.build_lib, self.get_ext_filename(NAME))):
             place.unlink(missing_ok=True)  # a library left by an earlier build would not be what the report says
         self.extensions = []
+        set_cuda_home()
         try:
             import torch
             from torch.utils import cpp_extension
@@ -92,6 +95,15 @@ def compiler_obstacle() -> str:
     return ""
 
 
+def set_cuda_home() -> None:
+    """torch takes the folder above the nvcc on PATH for CUDA's, which misses where that nvcc is a link or a script."""
+    nvcc = shutil.which("nvcc")
+    guesses = [*(Path(nvcc).resolve().parents[1:2] if nvcc else []), Path("/usr/local/cuda")]
+    for guess in guesses:
+        if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and (guess / "include" / "cuda_runtime.h").is_file():
+            os.environ["CUDA_HOME"] = str(guess)
+
+
 def cuda_obstacle(torch, cpp_extension) -> str:
     """Why the CUDA sources cannot be compiled here, or "" with TORCH_CUDA_ARCH_LIST set."""
     if not CUDA_SOURCES:
@@ -112,7 +124,7 @@ def cuda_obstacle(torch, cpp_extension) -> str:
 
 def summary(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 200)}" if lines else type(error).__name__
 
 
 setup(

@@ -52,8 +52,8 @@ struct Sweeps {
   void (*grad)(View<const T> dout, const acc_t<T>* gate, const acc_t<T>* q, View<T> dx, Extent extent, bool past_cache);
 };
 
-// Small dense products with weights of type W, single-threaded. Matrices are row-major, ld* is the distance between rows.
-// The order of the additions for one result does not depend on how many rows, columns or samples a call covers.
+// Small dense products with weights of type W, single-threaded. Matrices are row-major, ld* is the distance between
+// rows. The order of the additions for one result does not depend on how many rows, columns or samples a call covers.
 template <class W>
 struct Products {
   using A = acc_t<W>;
@@ -70,8 +70,8 @@ struct Products {
 template <class T>
 struct Kernels {
   Sweeps<T> channels_last, contiguous;
-  Products<T> narrow_weights;          // of x's type
-  Products<acc_t<T>> wide_weights;     // of the arithmetic's type
+  Products<T> narrow_weights;       // of x's type
+  Products<acc_t<T>> wide_weights;  // of the arithmetic's type
   void (*sigmoid)(acc_t<T>* z, int64_t count);
 };
 
@@ -105,13 +105,13 @@ template <class T, class W>
 struct Forward {
   using A = acc_t<T>;
   Activation<const T> x;
-  const W* w1;             // (R, C)
-  const A* b1;             // (R) or null
-  const W* w2;             // (C, R)
-  const A* b2;             // (C) or null
+  const W* w1;  // (R, C)
+  const A* b1;  // (R) or null
+  const W* w2;  // (C, R)
+  const A* b2;  // (C) or null
   Activation<T> out;
-  A *pooled, *hidden;      // (N, C), (N, R) before the activation
-  A *active, *gate;        // (N, R) scratch: act(hidden), (N, C)
+  A *pooled, *hidden;  // (N, C), (N, R) before the activation
+  A *active, *gate;    // (N, R) scratch: act(hidden), (N, C)
 };
 
 // Everything but dout, x and dx is contiguous. A gradient is null where it is not wanted.
@@ -119,11 +119,11 @@ template <class T, class W>
 struct Backward {
   using A = acc_t<T>;
   Activation<const T> dout, x;
-  const W *w1, *w2;                   // (R, C), (C, R)
-  const A *pooled, *hidden, *gate;    // (N, C), (N, R), (N, C)
-  A *active, *dz, *dh, *q;            // scratch: (N, R), (N, C), (N, R), (N, C)
+  const W *w1, *w2;                 // (R, C), (C, R)
+  const A *pooled, *hidden, *gate;  // (N, C), (N, R), (N, C)
+  A *active, *dz, *dh, *q;          // scratch: (N, R), (N, C), (N, R), (N, C)
   Activation<T> dx;
-  W *dw1, *db1, *dw2, *db2;           // (R, C), (R), (C, R), (C)
+  W *dw1, *db1, *dw2, *db2;  // (R, C), (R), (C, R), (C)
 };
 
 template <class T, class W>

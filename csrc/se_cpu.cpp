@@ -9,17 +9,13 @@
 //
 // The first needs enough samples for the threads, and weights that are small beside a group. Sums are divided by shape
 // alone, so that results do not depend on the number of threads; there are no atomics.
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
-#include <algorithm>
-#include <cmath>
-#include <optional>
 #include <string>
 #include <string_view>
-#include <vector>
 
-#include "se.h"
+#include "se_activations.h"
+#include "se_division.h"
 
 namespace se {
 
@@ -48,207 +44,6 @@ const Kernels<T>& kernels() {
 
 namespace {
 
-constexpr int64_t kTileBytes = 64 * 1024;     // of a sample: what threads share out by phase
-constexpr int64_t kMinTileLines = 16;         // fewer would make the partial sums of a channel a traffic of their own
-constexpr int64_t kCacheBytes = 1024 * 1024;  // of L2 that a thread can count on
-constexpr int64_t kWeightShare = 4;           // by group: weights are at most this many times a group's activations
-constexpr int64_t kProductGrain = 32 * 1024;  // multiply-adds worth a thread
-constexpr int64_t kElementGrain = 16 * 1024;  // simple operations worth a thread
-constexpr int64_t kColumnBlock = 16;
-constexpr int64_t kStreamBytes = 4 * 1024 * 1024;  // for each thread: results larger than all are written past the caches
-
-// How one sample is divided into tiles: channels-last by lines (h), contiguous by channels.
-struct Tiling {
-  bool channels_last;
-  Extent extent;
-  int64_t step, count;
-
-  Tiling(bool channels_last, Extent extent, int64_t element_size) : channels_last(channels_last), extent(extent) {
-    const int64_t row = element_size * (channels_last ? extent.W * extent.C : extent.H * extent.W);
-    const int64_t least = channels_last ? kMinTileLines / extent.W : 0;
-    step = std::max({kTileBytes / row, least, int64_t(1)});
-    count = (rows() + step - 1) / step;
-  }
-  int64_t rows() const {
-    return channels_last ? extent.H : extent.C;
-  }
-  Extent at(int64_t tile) const {
-    const int64_t size = std::min(step, rows() - tile * step);
-    return channels_last ? Extent{extent.C, size, extent.W} : Extent{size, extent.H, extent.W};
-  }
-  int64_t first_channel(int64_t tile) const {
-    return channels_last ? 0 : tile * step;
-  }
-  // Partial sums of one channel.
-  int64_t partials() const {
-    return channels_last ? count : 1;
-  }
-  template <class T>
-  View<T> view(const Activation<T>& a, int64_t n, int64_t tile) const {
-    T* data = a.data + n * a.stride_n + tile * step * (channels_last ? a.stride_h : a.stride_c);
-    return {data, a.stride_c, a.stride_h, a.stride_w};
-  }
-};
-
-// Makes H and W one dimension where every activation allows it: H for channels-last, W for contiguous.
-template <class... Activations>
-Extent collapse(const Shape& shape, Activations&... activations) {
-  const auto flat_stride = [&](const auto& a) -> std::optional<int64_t> {
-    if (shape.W == 1) {
-      return a.stride_h;
-    }
-    if (shape.H == 1 || a.stride_h == shape.W * a.stride_w) {
-      return a.stride_w;
-    }
-    return std::nullopt;
-  };
-  const auto fits = [&](const auto& a) {
-    const auto stride = flat_stride(a);
-    return stride && (shape.channels_last || *stride == 1);
-  };
-  if (!(fits(activations) && ...)) {
-    return {shape.C, shape.H, shape.W};
-  }
-  ((activations.stride_h = activations.stride_w = *flat_stride(activations)), ...);
-  const int64_t HW = shape.H * shape.W;
-  return shape.channels_last ? Extent{shape.C, HW, 1} : Extent{shape.C, 1, HW};
-}
-
-// Samples that one thread takes together, enough to be worth reading the weights for; zero where the work is better
-// divided by phase.
-int64_t group_size(const Shape& shape, int64_t sample_bytes, int64_t weight_bytes) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t share = std::max(int64_t(1), (shape.N + threads - 1) / threads);
-  int64_t group = std::clamp(std::max(kCacheBytes, 2 * weight_bytes) / sample_bytes, int64_t(1), share);
-  if (group > 4) {
-    group -= group % 4;  // the products' groups
-  }
-  const int64_t turns = ((shape.N + group - 1) / group + threads - 1) / threads;
-  const bool balanced = 5 * shape.N >= 4 * turns * group * threads;
-  return balanced && weight_bytes <= kWeightShare * group * sample_bytes ? group : 0;
-}
-
-template <class T>
-bool goes_past_cache(const Shape& shape) {
-  return shape.N * shape.C * shape.H * shape.W * int64_t(sizeof(T)) > at::get_num_threads() * kStreamBytes;
-}
-
-template <class F>
-void parallel(int64_t count, int64_t cost_each, int64_t grain, const F& f) {
-  at::parallel_for(0, count, std::max(int64_t(1), grain / std::max(int64_t(1), cost_each)), f);
-}
-
-// Runs f(n, tile) for every tile of samples [first, last), last tile first if `reverse`: what was touched last is in cache.
-template <class F>
-void for_each_tile(const Tiling& tiling, int64_t first, int64_t last, bool reverse, const F& f) {
-  at::parallel_for(0, (last - first) * tiling.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t item = reverse ? begin + end - 1 - i : i;
-      f(first + item / tiling.count, item % tiling.count);
-    }
-  });
-}
-
-// sums[n, c] for samples [first, last): sum_tile(n, tile, total) adds a tile's sums to total, finish takes each result.
-template <class SumTile, class Finish>
-void sum_by_phase(const Tiling& tiling, int64_t first, int64_t last, const SumTile& sum_tile, const Finish& finish) {
-  const int64_t C = tiling.extent.C, P = tiling.partials();
-  std::vector<double> partial((last - first) * P * C, 0.);
-  for_each_tile(tiling, first, last, false, [&](int64_t n, int64_t tile) {
-    double* total = partial.data() + (n - first) * P * C;
-    sum_tile(n, tile, total + (tiling.channels_last ? tile * C : tiling.first_channel(tile)));
-  });
-  parallel((last - first) * C, P, kElementGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / C, c = i % C;
-      double total = 0;
-      for (int64_t p = 0; p < P; ++p) {
-        total += partial[(n * P + p) * C + c];
-      }
-      finish(first + n, c, total);
-    }
-  });
-}
-
-template <class SumTile, class Finish>
-void sum_sample(const Tiling& tiling, int64_t n, std::vector<double>& total, const SumTile& sum_tile,
-                const Finish& finish) {
-  std::fill(total.begin(), total.end(), 0.);
-  for (int64_t tile = 0; tile < tiling.count; ++tile) {
-    sum_tile(n, tile, total.data() + tiling.first_channel(tile));
-  }
-  for (int64_t c = 0; c < tiling.extent.C; ++c) {
-    finish(n, c, total[c]);
-  }
-}
-
-template <class A>
-A logistic(A x) {
-  return A(1) / (A(1) + std::exp(-x));
-}
-
-// NaN passes through every branch below as it does through PyTorch's.
-template <class A>
-void activate(Act act, const A* h, A* a, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    switch (act) {
-      case Act::relu:
-        a[i] = h[i] < 0 ? A(0) : h[i];
-        break;
-      case Act::silu:
-        a[i] = h[i] * logistic(h[i]);
-        break;
-      case Act::gelu:
-        a[i] = h[i] * A(0.5) * (A(1) + std::erf(h[i] * A(M_SQRT1_2)));
-        break;
-    }
-  }
-}
-
-// d *= act'(h)
-template <class A>
-void activate_grad(Act act, const A* h, A* d, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    switch (act) {
-      case Act::relu:
-        d[i] = h[i] <= 0 ? A(0) : d[i];
-        break;
-      case Act::silu: {
-        const A s = logistic(h[i]);
-        d[i] *= s * (A(1) + h[i] * (A(1) - s));
-        break;
-      }
-      case Act::gelu: {
-        const A cdf = A(0.5) * (A(1) + std::erf(h[i] * A(M_SQRT1_2)));
-        const A pdf = std::exp(A(-0.5) * h[i] * h[i]) * A(0.5 * M_2_SQRTPI * M_SQRT1_2);
-        d[i] *= cdf + h[i] * pdf;
-        break;
-      }
-    }
-  }
-}
-
-template <class T>
-void open_gate(GateFn gate_fn, acc_t<T>* z, int64_t count) {
-  using A = acc_t<T>;
-  if (gate_fn == GateFn::sigmoid) {
-    kernels<T>().sigmoid(z, count);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const A shifted = z[i] + A(3);
-    z[i] = (shifted < 0 ? A(0) : shifted > 6 ? A(6) : shifted) / A(6);
-  }
-}
-
-template <class A>
-A gate_grad(GateFn gate_fn, A s) {
-  if (gate_fn == GateFn::sigmoid) {
-    return s * (A(1) - s);
-  }
-  return s > 0 && s < 1 ? A(1) / A(6) : A(0);
-}
-
 template <class T, class W>
 const Products<W>& products() {
   if constexpr (std::is_same_v<W, T>) {
@@ -262,7 +57,10 @@ template <class T, class W>
 class ForwardPass {
  public:
   ForwardPass(const Shape& shape, const Forward<T, W>& args)
-      : shape_(shape), args_(args), tiling_(shape.channels_last, collapse(shape, args_.x, args_.out), sizeof(T)) {}
+      : shape_(shape),
+        args_(args),
+        tiling_(shape.channels_last, collapse(shape, args_.x, args_.out), sizeof(T)),
+        past_cache_(goes_past_cache(shape, sizeof(T))) {}
 
   void run() const {
     const int64_t sample_bytes = shape_.C * shape_.H * shape_.W * sizeof(T);
@@ -278,7 +76,8 @@ class ForwardPass {
   using A = acc_t<T>;
 
   void by_group(int64_t group) const {
-    at::parallel_for(0, (shape_.N + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups = (shape_.N + group - 1) / group;
+    parallel(groups, group * shape_.C * shape_.H * shape_.W, kElementGrain, [&](int64_t begin, int64_t end) {
       std::vector<double> total(shape_.C);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * group, last = std::min(first + group, shape_.N);
@@ -325,7 +124,7 @@ class ForwardPass {
     const int64_t C = shape_.C, R = shape_.R;
     A* hidden = args_.hidden + first * R + begin;
     products<T, W>().rows_dot(args_.w1 + begin * C, end - begin, C, args_.b1 ? args_.b1 + begin : nullptr,
-                                   args_.pooled + first * C, C, hidden, R, last - first);
+                              args_.pooled + first * C, C, hidden, R, last - first);
     for (int64_t n = 0; n < last - first; ++n) {
       activate(shape_.act, hidden + n * R, args_.active + (first + n) * R + begin, end - begin);
     }
@@ -336,7 +135,7 @@ class ForwardPass {
     const int64_t C = shape_.C, R = shape_.R;
     A* gate = args_.gate + first * C + begin;
     products<T, W>().rows_dot(args_.w2 + begin * R, end - begin, R, args_.b2 ? args_.b2 + begin : nullptr,
-                                   args_.active + first * R, R, gate, C, last - first);
+                              args_.active + first * R, R, gate, C, last - first);
     for (int64_t n = 0; n < last - first; ++n) {
       open_gate<T>(shape_.gate_fn, gate + n * C, end - begin);
     }
@@ -345,7 +144,7 @@ class ForwardPass {
   void scale(int64_t n, int64_t tile) const {
     const A* gate = args_.gate + n * shape_.C + tiling_.first_channel(tile);
     sweeps().scale(tiling_.view(args_.x, n, tile), gate, tiling_.view(args_.out, n, tile), tiling_.at(tile),
-                   goes_past_cache<T>(shape_));
+                   past_cache_);
   }
 
   const Sweeps<T>& sweeps() const {
@@ -355,6 +154,7 @@ class ForwardPass {
   Shape shape_;
   Forward<T, W> args_;
   Tiling tiling_;
+  bool past_cache_;
 };
 
 template <class T, class W>
@@ -363,7 +163,8 @@ class BackwardPass {
   BackwardPass(const Shape& shape, const Backward<T, W>& args)
       : shape_(shape),
         args_(args),
-        tiling_(shape.channels_last, collapse(shape, args_.dout, args_.x, args_.dx), sizeof(T)) {}
+        tiling_(shape.channels_last, collapse(shape, args_.dout, args_.x, args_.dx), sizeof(T)),
+        past_cache_(goes_past_cache(shape, sizeof(T))) {}
 
   void run() const {
     const int64_t sample_bytes = 2 * shape_.C * shape_.H * shape_.W * sizeof(T);
@@ -380,7 +181,8 @@ class BackwardPass {
   using A = acc_t<T>;
 
   void by_group(int64_t group) const {
-    at::parallel_for(0, (shape_.N + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups = (shape_.N + group - 1) / group;
+    parallel(groups, group * shape_.C * shape_.H * shape_.W, kElementGrain, [&](int64_t begin, int64_t end) {
       std::vector<double> total(shape_.C);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * group, last = std::min(first + group, shape_.N);
@@ -467,15 +269,15 @@ class BackwardPass {
   auto store_dz() const {
     return [this](int64_t n, int64_t c, double total) {
       const int64_t i = n * shape_.C + c;
-      args_.dz[i] = static_cast<A>(total) * gate_grad(shape_.gate_fn, args_.gate[i]);
+      args_.dz[i] = gate_backward(shape_.gate_fn, static_cast<A>(total), args_.gate[i]);
     };
   }
 
   // dh, columns [begin, end)
   void through_w2(int64_t first, int64_t last, int64_t begin, int64_t end) const {
     const int64_t C = shape_.C, R = shape_.R, offset = first * R + begin;
-    products<T, W>().cols_dot(args_.w2 + begin, R, C, end - begin, args_.dz + first * C, C,
-                                   args_.dh + offset, R, last - first);
+    products<T, W>().cols_dot(args_.w2 + begin, R, C, end - begin, args_.dz + first * C, C, args_.dh + offset, R,
+                              last - first);
     for (int64_t n = 0; n < last - first; ++n) {
       activate_grad(shape_.act, args_.hidden + offset + n * R, args_.dh + offset + n * R, end - begin);
     }
@@ -497,7 +299,7 @@ class BackwardPass {
   void grad(int64_t n, int64_t tile) const {
     const int64_t offset = n * shape_.C + tiling_.first_channel(tile);
     sweeps().grad(tiling_.view(args_.dout, n, tile), args_.gate + offset, args_.q + offset,
-                  tiling_.view(args_.dx, n, tile), tiling_.at(tile), goes_past_cache<T>(shape_));
+                  tiling_.view(args_.dx, n, tile), tiling_.at(tile), past_cache_);
   }
 
   const Sweeps<T>& sweeps() const {
@@ -507,6 +309,7 @@ class BackwardPass {
   Shape shape_;
   Backward<T, W> args_;
   Tiling tiling_;
+  bool past_cache_;
 };
 
 }  // namespace

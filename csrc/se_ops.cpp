@@ -203,9 +203,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(const Tensor& dout_in,
   shape.channels_last = *layout;
 
   // A dout that is expanded, or in the other memory format, is brought to x's.
-  const Tensor dout = has_unit_stride(dout_in, shape.channels_last)
-      ? dout_in
-      : dout_in.contiguous(shape.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  const Tensor dout =
+      has_unit_stride(dout_in, shape.channels_last)
+          ? dout_in
+          : dout_in.contiguous(shape.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
   const auto w_dtype = weight_dtype(x, w1, w2);
   const auto gradient = [&](bool wanted, at::IntArrayRef sizes) {
     return at::empty(wanted ? sizes : at::IntArrayRef{0}, x.options().dtype(w_dtype));

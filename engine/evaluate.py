@@ -15,7 +15,7 @@ from torch import nn
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config
-from engine.data import DaliLoader, Samples, drop_bad_samples, open_samples, open_splits
+from engine.data import DaliLoader, Samples, Splits, drop_bad_samples, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.metrics import ClassificationMetrics, format_report
@@ -57,6 +57,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     precision = Precision(device, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, device, precision)
     return {"split": split, "epoch": checkpoint["epoch"], **score(model, loader, class_names, precision)}
+
+
+def open_data(config: Config) -> Splits:
+    """The splits that a run trains, validates and tests on."""
+    return open_splits(
+        data_dir=config.data_dir,
+        csv=config.csv,
+        val_csv=config.val_csv,
+        test_csv=config.test_csv,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
 
 
 def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> DaliLoader:
@@ -113,14 +125,7 @@ def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ..
         name = str(args.csv or args.data_dir)
         samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv)
     else:
-        splits = open_splits(
-            data_dir=config.data_dir,
-            csv=config.csv,
-            val_csv=config.val_csv,
-            test_csv=config.test_csv,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-        )
+        splits = open_data(config)
         if splits.train.class_names != class_names:
             raise UserError(
                 f"{splits.description}: its classes are not the model's; name images with --data-dir or --csv"

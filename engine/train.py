@@ -17,10 +17,10 @@ from tqdm import tqdm
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config, parse_args
-from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampler, drop_bad, open_splits
+from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampler, drop_bad
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.evaluate import make_eval_loader, score
+from engine.evaluate import make_eval_loader, open_data, score
 from engine.metrics import check_metric_name, format_report, metric_is_better
 from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
@@ -59,7 +59,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
-    splits = _open_data(config)
+    splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     training, criterion, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
     history: list[Row] = []
@@ -146,15 +146,8 @@ def train_epoch(
     }
 
 
-def _open_data(config: Config) -> Splits:
-    splits = open_splits(
-        data_dir=config.data_dir,
-        csv=config.csv,
-        val_csv=config.val_csv,
-        test_csv=config.test_csv,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
+def _checked_data(config: Config) -> Splits:
+    splits = open_data(config)
     classes = len(splits.train.class_names)
     if config.num_classes not in (None, classes):
         raise UserError(

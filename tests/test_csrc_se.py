@@ -1,8 +1,4 @@
-"""The C++ operators by themselves: kernels_C::se_fwd and kernels_C::se_bwd against autograd in float64.
-
-Accuracy: the largest error is at most twice that of eager PyTorch in the same dtype, plus one rounding of the result.
-Of a tensor of few elements eager's largest error is a matter of chance: there `torch.testing.assert_close` decides.
-"""
+"""The C++ operators by themselves: kernels_C::se_fwd and kernels_C::se_bwd against autograd in float64."""
 
 from __future__ import annotations
 
@@ -17,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.accuracy import assert_as_accurate_as_eager
+
 pytest.importorskip("kernels._C", reason="csrc is not built", exc_type=ImportError)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -24,7 +22,6 @@ ACTS = [F.relu, F.silu, F.gelu]
 # torch's own hardsigmoid has a gradient of float32's 1/6 also in float64
 GATES = [torch.sigmoid, lambda z: (z + 3).clamp(0, 6) / 6]
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-FEW = 64
 RELU, SILU, GELU, SIGMOID, HARDSIGMOID = 0, 1, 2, 0, 1
 
 #         N, C, H, W, R
@@ -106,17 +103,9 @@ def assert_accurate(x: Tensor, weights: Weights, dout: Tensor, act: int = RELU, 
         expected = truth[name]
         assert result.shape == expected.shape, name
         assert result.dtype == (x.dtype if name in ("out", "dx") else weights.w1.dtype), name
-        if x.dtype == torch.float64 or result.numel() < FEW:
-            # float64 weights do not make the arithmetic for a narrower x any wider
-            narrow = torch.float32 if result.dtype == torch.float64 != x.dtype else result.dtype
-            torch.testing.assert_close(
-                result.to(narrow), expected.to(narrow), msg=lambda text, name=name: f"{name}: {text}"
-            )
-            continue
-        error = (result.double() - expected).abs().max().item()
-        rounding = torch.finfo(result.dtype).eps / 2 * expected.abs().max().item()
-        allowed = 2 * (eager[name].double() - expected).abs().max().item() + rounding
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        # float64 weights do not make the arithmetic for a narrower x any wider
+        narrow = torch.float32 if result.dtype == torch.float64 != x.dtype else result.dtype
+        assert_as_accurate_as_eager(name, result.to(narrow), eager[name].to(narrow), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
@@ -227,7 +216,7 @@ def test_bitwise_equal_for_any_number_of_threads(
     weights, dout = make_weights(x.shape[1], R), torch.randn_like(x)
     set_threads(1)
     first = fused(x, weights, dout, SILU, SIGMOID)
-    for threads in (1, 2, 2, 5):
+    for threads in (1, 2, 2, 3):
         set_threads(threads)
         again = fused(x, weights, dout, SILU, SIGMOID)
         for name, result in first.items():
@@ -252,7 +241,8 @@ def test_large_results(
     x = make_x(shape, dtype, layout)
     x = torch.cat([x, x]) if dtype == torch.bfloat16 else x
     assert x.nbytes > 4 * 2**20
-    assert_accurate(x, make_weights(x.shape[1], 2, dtype=dtype), torch.randn_like(x))
+    dout = torch.randn_like(x) / x.shape[2]  # its sums over (h, w) are of order 1
+    assert_accurate(x, make_weights(x.shape[1], 2, dtype=dtype), dout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
