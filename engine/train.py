@@ -199,7 +199,7 @@ def _class_weights(samples: Samples, device: torch.device) -> Tensor:
 
 
 def _scalars(metrics: dict[str, Any]) -> Row:
-    return {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+    return {name: value for name, value in metrics.items() if value is None or isinstance(value, float | int)}
 
 
 def _is_better(row: Row, best: Row, metric: str) -> bool:
@@ -287,10 +287,12 @@ def _final_score(
 
 
 def _epoch_line(row: Row, config: Config, improved: bool) -> str:
-    metric = row[f"val_{config.eval_metric}"]
+    """The star marks the best epoch so far; a metric that the validation images leave undefined is not shown."""
+    names = [name for name in dict.fromkeys(("loss", "macro_f1", config.eval_metric)) if row[f"val_{name}"] is not None]
+    metrics = "  ".join(f"{name} {row[f'val_{name}']:.4f}" for name in names)
     return (
         f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  val {config.eval_metric} {metric:.4f}{' *' if improved else '  '}  "
+        f"val {metrics} {'*' if improved else ' '}  "
         f"{row['images_per_second']:.0f} img/s, data wait {row['data_wait']:.0%}"
     )
 

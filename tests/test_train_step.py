@@ -14,7 +14,8 @@ from engine.config import Config, parse_args, read_recipe
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.optim import make_optimizer, make_schedule
-from engine.train import Training, train_epoch
+from engine.metrics import classification_metrics
+from engine.train import Training, _epoch_line, _is_better, _scalars, train_epoch
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, amp=False, amp_dtype="bfloat16")
@@ -149,3 +150,20 @@ def test_precision_follows_the_hardware_unless_told():
 def test_cuda_where_there_is_none():
     with pytest.raises(UserError, match="--device cuda: torch sees no CUDA device"):
         pick_device("cuda")
+
+
+def test_a_metric_that_validation_leaves_undefined_is_never_the_best_and_keeps_its_column():
+    """One class only among the validation images: no area under the curve."""
+
+    def row(labels: list[int]) -> dict:
+        metrics = classification_metrics(torch.eye(2)[labels], torch.tensor(labels), ("a", "b"))
+        return {"epoch": 0, "train_loss": 1.0, "images_per_second": 1.0, "data_wait": 0.0} | {
+            f"val_{name}": value for name, value in _scalars(metrics).items()
+        }
+
+    undefined, defined = row([0, 0]), row([0, 1])
+    assert undefined.keys() == defined.keys()
+    assert _is_better(defined, undefined, "auroc_macro_ovr")
+    assert not _is_better(undefined, defined, "auroc_macro_ovr")
+    assert "auroc_macro_ovr" in _epoch_line(defined, Config(eval_metric="auroc_macro_ovr"), True)
+    assert "auroc_macro_ovr" not in _epoch_line(undefined, Config(eval_metric="auroc_macro_ovr"), True)
