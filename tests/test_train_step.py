@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.config import Config, parse_args, read_recipe
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.optim import make_optimizer, make_schedule
 from engine.metrics import classification_metrics
+from engine.optim import make_optimizer, make_schedule
 from engine.train import Training, _epoch_line, _is_better, _scalars, train_epoch
 
 CPU = torch.device("cpu")
