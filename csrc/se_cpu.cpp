@@ -60,7 +60,7 @@ class ForwardPass {
       : shape_(shape),
         args_(args),
         tiling_(shape.channels_last, collapse(shape, args_.x, args_.out), sizeof(T)),
-        past_cache_(goes_past_cache(shape, sizeof(T))) {}
+        past_cache_(goes_past_cache(shape, args.out.data)) {}
 
   void run() const {
     const int64_t sample_bytes = shape_.C * shape_.H * shape_.W * sizeof(T);
@@ -164,7 +164,7 @@ class BackwardPass {
       : shape_(shape),
         args_(args),
         tiling_(shape.channels_last, collapse(shape, args_.dout, args_.x, args_.dx), sizeof(T)),
-        past_cache_(goes_past_cache(shape, sizeof(T))) {}
+        past_cache_(goes_past_cache(shape, args.dx.data)) {}
 
   void run() const {
     const int64_t sample_bytes = 2 * shape_.C * shape_.H * shape_.W * sizeof(T);

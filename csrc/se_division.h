@@ -3,6 +3,11 @@
 
 #include <ATen/Parallel.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -92,9 +97,26 @@ int64_t group_size(const Shape& shape, int64_t sample_bytes, int64_t weight_byte
   return balanced && weight_bytes <= kWeightShare * group * sample_bytes ? group : 0;
 }
 
-// Whether a result is so large that its reader would not find it in the caches.
-bool goes_past_cache(const Shape& shape, int64_t element_size) {
-  return shape.N * shape.C * shape.H * shape.W * element_size > at::get_num_threads() * kStreamBytes;
+// Whether the memory of p has a page behind it. A new allocation has none until it is written to: the kernel then hands
+// out a cleared page, already in cache.
+inline bool is_resident(const void* p) {
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char resident = 1;
+  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / page * page), page, &resident);
+  return resident & 1;
+#else
+  return true;
+#endif
+}
+
+// Whether to write a result past the caches: it is so large that its reader would not find it there, and it is not being
+// brought there anyway. The last page tells: allocators give the end of their memory back first.
+template <class T>
+bool goes_past_cache(const Shape& shape, const T* result) {
+  const int64_t elements = shape.N * shape.C * shape.H * shape.W;
+  return result && elements * int64_t(sizeof(T)) > at::get_num_threads() * kStreamBytes &&
+         is_resident(result + elements - 1);
 }
 
 template <class F>
