@@ -61,5 +61,5 @@ else
 fi
 step benchmarks "$python" -m pytest benchmarks/ --benchmark-only -q -p no:cacheprovider \
     --benchmark-json "$out/benchmarks.json" "${selection[@]}"
-sed -n '/^=* times and ratios/,$p' "$out/benchmarks.log"
+sed -n '/^=* times and ratios/,/^geometric mean/p' "$out/benchmarks.log"
 [ -z "$failed" ]
