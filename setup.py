@@ -28,13 +28,14 @@ SOURCES = [
     "csrc/se_avx2.cpp",
     "csrc/se_avx512.cpp",
 ]
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
+CUDA_SOURCES = ["csrc/se_cuda.cu", "csrc/se_cuda_ops.cpp"]
 # Ampere to Blackwell, and PTX of the last for what follows; never the GPU that happens to be visible.
 CUDA_ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 # ATen's parallel_for is a header: without -fopenmp it would be compiled for one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 # Contracting a * b + c in one copy of a loop and not in another would make results depend on how a batch was divided.
+NVCC_FLAGS = ["-O3", f"--threads={min(4, os.cpu_count() or 1)}"]
 CXX_FLAGS = ["-O3", "-Wall", "-ffp-contract=off", *OPENMP]
 
 
@@ -71,7 +72,7 @@ class BuildKernels(build_ext):
             SOURCES + (CUDA_SOURCES if with_cuda else []),
             depends=HEADERS,
             define_macros=[("WITH_CUDA", None)] if with_cuda else [],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
             extra_link_args=OPENMP,
         )
         self.distribution.ext_modules = [extension]
@@ -106,8 +107,6 @@ def set_cuda_home() -> None:
 
 def cuda_obstacle(torch, cpp_extension) -> str:
     """Why the CUDA sources cannot be compiled here, or "" with TORCH_CUDA_ARCH_LIST set."""
-    if not CUDA_SOURCES:
-        return "there are no CUDA sources in csrc"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")

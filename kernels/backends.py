@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-BACKENDS = ("eager", "cpu", "triton")
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+# What "auto" takes for the tensors of a device: the first that can run. The one-read kernels of "cuda" move fewer bytes
+# than those of "triton", but have not been timed on a GPU; until they have, "triton", which compiles for the GPU at hand.
+NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 class BackendUnavailable(RuntimeError):
@@ -24,14 +27,15 @@ def available_backends() -> dict[str, str]:
 
 @functools.cache
 def _status() -> dict[str, str]:
-    return {"eager": "ok", "cpu": _cpu_status(), "triton": _triton_status()}
+    return {"eager": "ok", "cpu": _built("cpu"), "triton": _triton_status(), "cuda": _cuda_status()}
 
 
-def _cpu_status() -> str:
+def _built(part: str) -> str:
+    """Whether the extension of csrc/ is there, with its "cpu" or its "cuda" operators."""
     build_file = Path(__file__).with_name("_build.json")
     build = json.loads(build_file.read_text()) if build_file.exists() else {}
-    if build.get("cpu", "ok") != "ok":
-        return f"not built: {build['cpu']}"
+    if build.get(part, "ok") != "ok":
+        return f"not built: {build[part]}"
     # A library built against another torch may load and then crash: refuse it before it is loaded.
     if "torch" in build and build["torch"] != torch.__version__:
         return (
@@ -39,9 +43,23 @@ def _cpu_status() -> str:
             "reinstall with: pip install --no-build-isolation -e ."
         )
     try:
-        importlib.import_module("kernels.se_cpu")
+        importlib.import_module(f"kernels.se_{part}")
     except ImportError as error:
         return f"csrc is not built ({error}); install with: pip install --no-build-isolation -e ."
+    return "ok"
+
+
+def _cuda_status() -> str:
+    built = _built("cuda")
+    return built if built != "ok" else _gpu_status("no CUDA device")
+
+
+def _gpu_status(without: str) -> str:
+    if not torch.cuda.is_available():
+        return without
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; this one has {major}.{minor}"
     return "ok"
 
 
@@ -59,12 +77,7 @@ def _triton_status() -> str:
         return f"triton cannot be imported ({error}); install with: pip install triton"
     if interpreted:
         return "ok"
-    if not torch.cuda.is_available():
-        return "no CUDA device (for tests, TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; this one has {major}.{minor}"
-    return "ok"
+    return _gpu_status("no CUDA device (for tests, TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
 
 
 # A constant of the machine: torch.compile asks once, while it traces
@@ -72,19 +85,20 @@ def _triton_status() -> str:
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves a tensor of this device and dtype.
 
-    ``"auto"`` takes the compiled one for the device (``cpu`` for CPU tensors, ``triton`` for CUDA tensors) where it can
-    run, else ``eager``, and says so once by a warning.
+    ``"auto"`` takes the first of `NATIVE` that can run, else ``eager``, and says so once by a warning.
 
     Raises:
         ValueError: unknown backend name.
         BackendUnavailable: the named backend cannot serve this tensor here.
     """
     if backend == "auto":
-        native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-        reason = f"no fused kernel for {device.type} tensors" if native is None else _refusal(native, device, dtype)
-        if native is not None and reason is None:
-            return native
-        _warn_eager(device.type, str(reason))
+        reasons = []
+        for native in NATIVE.get(device.type, ()):
+            reason = _refusal(native, device, dtype)
+            if reason is None:
+                return native
+            reasons.append(f"{native}: {reason}")
+        _warn_eager(device.type, "; ".join(reasons) or f"no fused kernel for {device.type} tensors")
         return "eager"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {('auto', *BACKENDS)}")
@@ -100,10 +114,10 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return status
     if backend == "cpu" and device.type != "cpu":
         return f"it takes CPU tensors, and x is on {device}"
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         if dtype == torch.float64:
             return "it computes in float32, and x is float64; use backend='eager', or 'cpu' on the CPU"
-        wanted = "cpu" if triton_interpreted() else "cuda"
+        wanted = "cpu" if backend == "triton" and triton_interpreted() else "cuda"
         if device.type != wanted:
             return f"it takes {wanted.upper()} tensors here, and x is on {device}"
     return None
