@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
-# What "auto" takes for the tensors of a device: the first that can run. The one-read kernels of "cuda" move fewer bytes
-# than those of "triton", but have not been timed on a GPU; until they have, "triton", which compiles for the GPU at hand.
+# What "auto" takes for the tensors of a device: the first that can run. On the CPU that is what measured faster than eager
+# and torch.compile (README). On a GPU nothing has been timed yet: "triton" is first because it needs no nvcc; "cuda" moves
+# fewer bytes, and its figures from benchmarks/gpu_suite.sh are what should decide.
 NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 

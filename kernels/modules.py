@@ -6,27 +6,20 @@ the state dict its keys, and an optimizer made before the swap goes on working.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kernels.backends import BACKENDS
+from kernels.recognition import Finding, Plan, find_se
 from kernels.reference import ACTIVATIONS, GATES, SEBlock, squeezed_channels
 from kernels.squeeze_excite import squeeze_excite
 
 _ACTIVATION_MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 _GATE_MODULES = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
-
-
-class _Plan(NamedTuple):
-    """Where a module keeps the parts of SE."""
-
-    reduce: str  # the layer C -> R
-    expand: str  # the layer R -> C
-    act: str
-    gate: str
+_NAMED = 4  # modules that the warning names for each reason
 
 
 class FusedSE(nn.Module):
@@ -35,15 +28,15 @@ class FusedSE(nn.Module):
     Shape: x (N, C, H, W) -> (N, C, H, W). Raises what `squeeze_excite` raises.
     """
 
-    def __init__(self, original: nn.Module, plan: _Plan, backend: str) -> None:
+    def __init__(self, original: nn.Module, plan: Plan, backend: str) -> None:
         super().__init__()
-        for name, child in original.named_children():
+        for name, child in original._modules.items():
             self.add_module(name, child)
         # In a tuple, so that it is not a submodule and adds no key to the state dict
         self._original = (original,)
         self._plan = plan
         self.backend = backend
-        self.train(original.training)
+        self.training = original.training
 
     def forward(self, x: Tensor) -> Tensor:
         # Any: Linear or Conv2d, both of which have a weight and a bias
@@ -63,9 +56,10 @@ class FusedSE(nn.Module):
     def unfused(self) -> nn.Module:
         """The eager module, with the same parameters."""
         (original,) = self._original
-        for name, child in self.named_children():
+        for name, child in self._modules.items():
             original.add_module(name, child)
-        return original.train(self.training)
+        original.training = self.training
+        return original
 
     def extra_repr(self) -> str:
         return f"act={self._plan.act}, gate={self._plan.gate}, backend={self.backend}"
@@ -114,91 +108,83 @@ class FusedSEBlock(FusedSE):
                 nn.Linear(R, channel, bias=bias),
                 _GATE_MODULES[gate](),
             )
-        super().__init__(block, _Plan("fc.0", "fc.2", act, gate), backend)
+        super().__init__(block, Plan("fc.0", "fc.2", act, gate), backend)
 
 
 def fuse_se(model: nn.Module, *, backend: str = "auto") -> int:
     """Swaps every SE module inside ``model`` for a fused one, in place, and returns how many.
 
-    Taken by structure: `SEBlock`; two 1x1 convolutions named ``fc1`` and ``fc2`` with an activation and a gate
-    (torchvision's ``SqueezeExcitation``, timm's ``SEModule``). What the operator cannot express (a norm between the
-    layers, an added max pool, another activation or gate, hooks) is left alone. Parameters and state-dict keys stay
-    what they were.
+    Recognised by structure and behaviour, from any library: `SEBlock`, torchvision's ``SqueezeExcitation``, timm's
+    ``SEModule`` and ``SqueezeExcite``, and whatever else computes ``x * gate(W2 act(W1 mean_hw(x) + b1) + b2)`` with
+    two Linear or 1x1 convolution layers. The Parameter objects, the state-dict keys and an optimizer made before stay
+    what they were. A module that stands at several places is swapped at all of them and counted once.
+
+    An SE module that the operator cannot stand in for (a norm or dropout inside, a max pool, another activation, hooks,
+    parametrizations, quantized layers) is left as it is, and one ``UserWarning`` names those modules and the reasons;
+    `se_modules` gives the same as a dict.
+
+    Args:
+        model: in whose inside to swap.
+        backend: "auto", or one of `available_backends`; looked at when the model runs.
+
+    Raises:
+        ValueError: an unknown backend, or ``model`` is itself an SE module, which has no place to be swapped at.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend={backend!r} is not one of {('auto', *BACKENDS)}")
-    swaps = [
-        (parent, name, child, plan) for parent, name, child in _children(model) if (plan := _plan(child)) is not None
-    ]
-    for parent, name, child, plan in swaps:
-        setattr(parent, name, FusedSE(child, plan, backend))
+    findings = find_se(model, FusedSE)
+    swaps: dict[nn.Module, nn.Module] = {f.module: FusedSE(f.module, f.plan, backend) for f in findings if f.plan}
+    if model in swaps:
+        raise ValueError(
+            f"model is itself an SE module ({type(model).__name__}) and cannot be swapped in place: "
+            "put it into nn.Sequential(model) and fuse that, or build a FusedSEBlock"
+        )
+    _swap(model, swaps)
+    left = [f for f in findings if f.plan is None]
+    if left:
+        warnings.warn(_report(left, len(findings)), stacklevel=2)
     return len(swaps)
 
 
 def unfuse_se(model: nn.Module) -> int:
-    """Puts the eager modules back, in place, with the parameters as they are now; returns how many."""
-    swaps = [(parent, name, child) for parent, name, child in _children(model) if isinstance(child, FusedSE)]
-    for parent, name, child in swaps:
-        setattr(parent, name, child.unfused())
+    """Puts the eager modules back, in place, with the parameters as they are now; returns how many.
+
+    Raises:
+        ValueError: ``model`` is itself a fused module; its `FusedSE.unfused` gives the eager one.
+    """
+    if isinstance(model, FusedSE):
+        raise ValueError("model is itself a fused SE module and cannot be swapped in place: take model.unfused()")
+    swaps: dict[nn.Module, nn.Module] = {
+        module: module.unfused() for module in model.modules() if isinstance(module, FusedSE)
+    }
+    _swap(model, swaps)
     return len(swaps)
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            yield parent, name, child
+def se_modules(model: nn.Module) -> dict[str, str]:
+    """Maps each SE module's qualified name to ``"fused"``, ``"ok"`` (`fuse_se` would swap it) or the reason why not."""
+    fused = {name: "fused" for name, module in model.named_modules() if isinstance(module, FusedSE)}
+    return fused | {finding.name: finding.reason for finding in find_se(model, FusedSE)}
 
 
-def _plan(module: nn.Module) -> _Plan | None:
-    """How the operator would serve ``module``; None where it is no SE module or one that it cannot express."""
-    if isinstance(module, FusedSE) or _has_hooks(module):
-        return None
-    parts = dict(module.named_children())
-    if type(module) is SEBlock:
-        fc = dict(parts["fc"].named_children())
-        act, gate = _recognised(fc["1"], ACTIVATIONS), _recognised(fc["3"], GATES)
-        layers = ("fc.0", "fc.2")
-    elif {"fc1", "fc2"} <= parts.keys() and _is_squeeze_and_expand(parts["fc1"], parts["fc2"]):
-        act = _recognised(parts.get("activation", parts.get("act")), ACTIVATIONS)
-        gate = _recognised(parts.get("scale_activation", parts.get("gate")), GATES)
-        known = {"fc1", "fc2", "avgpool", "activation", "act", "scale_activation", "gate"}
-        rest = [child for name, child in parts.items() if name not in known and not isinstance(child, nn.Identity)]
-        if rest or getattr(module, "add_maxpool", False):
-            return None
-        layers = ("fc1", "fc2")
-    else:
-        return None
-    if act is None or gate is None or any(_has_hooks(child) for child in module.modules()):
-        return None
-    return _Plan(*layers, act, gate)
+def _swap(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    # _modules, and not named_children(), which passes over a second name of the same module
+    places = [
+        (parent, name, swaps[child])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and child in swaps
+    ]
+    for parent, name, module in places:
+        setattr(parent, name, module)
 
 
-def _is_squeeze_and_expand(fc1: nn.Module, fc2: nn.Module) -> bool:
-    """Two 1x1 convolutions C -> R -> C, without groups, stride or padding."""
-    return all(
-        type(fc) is nn.Conv2d
-        and (fc.kernel_size, fc.stride, fc.groups) == ((1, 1), (1, 1), 1)
-        and fc.padding in (0, (0, 0))
-        for fc in (fc1, fc2)
-    ) and (fc1.in_channels, fc1.out_channels) == (fc2.out_channels, fc2.in_channels)
-
-
-def _recognised(module: nn.Module | None, functions: dict[str, Callable[[Tensor], Tensor]]) -> str | None:
-    """The name of the function that ``module`` computes, told by its values: libraries have classes of their own."""
-    if module is None or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-        return None
-    probe = torch.linspace(-8, 8, 129, dtype=torch.float64)
-    with torch.no_grad():
-        try:
-            got = module(probe.clone())
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a layer that takes no vector is no activation
-            return None
-        for name, function in functions.items():
-            if isinstance(got, Tensor) and got.shape == probe.shape and torch.allclose(got, function(probe), atol=1e-9):
-                return name
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+def _report(left: list[Finding], total: int) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for finding in left:
+        by_reason.setdefault(finding.reason, []).append(finding.name or "the model itself")
+    lines = [f"fuse_se left {len(left)} of {total} SE modules as they are (kernels.se_modules lists them all):"]
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"  {', '.join(names[:_NAMED])}{more}: {reason}")
+    return "\n".join(lines)

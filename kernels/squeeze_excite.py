@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backends import resolve_backend
@@ -71,8 +72,17 @@ def squeeze_excite(
     chosen = resolve_backend(backend, x.device, x.dtype)
     if chosen == "eager":
         return squeeze_excite_reference(x, w1, w2, b1, b2, act, gate)
-    out: Tensor = torch.ops.kernels.se_fwd(x, w1, b1, w2, b2, act, gate, chosen)[0]
+    # A registered operator would drop the tangents without a word
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, w1, w2, b1, b2)):
+        raise RuntimeError("squeeze_excite has no forward-mode derivative: use backend='eager'")
+    # torch.func's transforms do not see a registered formula, and take an autograd.Function
+    call = _FunctionOfFwd.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_fwd
+    out: Tensor = call(x, w1, b1, w2, b2, act, gate, chosen)[0]
     return out
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _as_matrix(name: str, w: Tensor) -> Tensor:
@@ -195,9 +205,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 8
     needs = ctx.needs_input_grad
     output_mask = [needs[0], needs[1], needs[2], needs[3], needs[4]]
-    dx, dw1, db1, dw2, db2 = torch.ops.kernels.se_bwd(
-        dout, *ctx.saved_tensors, ctx.act, ctx.gate_fn, ctx.backend, output_mask
-    )
+    se_bwd = _FunctionOfBwd.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_bwd
+    dx, dw1, db1, dw2, db2 = se_bwd(dout, *ctx.saved_tensors, ctx.act, ctx.gate_fn, ctx.backend, output_mask)
     if needs[2]:
         db1 = db1.to(ctx.bias_dtypes[0])
     if needs[4]:
@@ -208,6 +217,31 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError("kernels::se_bwd is not differentiable: for second derivatives use backend='eager'")
+
+
+class _FunctionOfFwd(torch.autograd.Function):
+    """The same formulas once more for torch.func, which does not take registered ones; vmap runs them one by one."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.kernels.se_fwd(*args)
+
+
+class _FunctionOfBwd(torch.autograd.Function):
+    generate_vmap_rule = True
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.kernels.se_bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
 
 torch.library.register_autograd("kernels::se_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,23 @@ def assert_as_accurate_as_eager(name: str, actual: Tensor, eager: Tensor, exact:
         allowed = 2 * (eager.double() - exact).abs().max() + rounding
         error = (actual.double() - exact).abs().max()
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_network_as_accurate_as_eager(
+    actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    """The rule for tensors that a whole network made, taken as one vector: its error's norm is at most twice eager's.
+
+    For one gradient among hundreds the ratio of the two errors is chance: both are the rounding of every layer behind
+    it, magnified by each BatchNorm.
+    """
+    assert actual.keys() == eager.keys() == exact.keys()
+
+    def norm(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt()
+
+    dtypes = {t.dtype for t in eager.values()}
+    assert {t.dtype for t in actual.values()} == dtypes
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) / 2 * norm(exact.values())
+    error, eagers_error = (norm(got[name].double() - exact[name] for name in exact) for got in (actual, eager))
+    assert error <= 2 * eagers_error + rounding, f"{list(exact)[:3]}: error {error:.3e}, eager's {eagers_error:.3e}"

@@ -1,9 +1,34 @@
-"""The fused backends that tests run, and the device each runs on."""
+"""The fused backends that tests run, the device each runs on, and how a test sees which of them did the work."""
+
+from __future__ import annotations
 
 import pytest
+import torch
 
-from kernels import se_triton
+from kernels import available_backends, se_cpu, se_cuda, se_triton
 
+MODULES = {"cpu": se_cpu, "triton": se_triton, "cuda": se_cuda}
 # Triton's kernels run on the GPU where there is one, else in the interpreter on the CPU
-DEVICES = {"cpu": "cpu", "triton": "cpu" if se_triton.INTERPRETED else "cuda"}
-FUSED = ("cpu", pytest.param("triton", marks=() if se_triton.INTERPRETED else pytest.mark.gpu))
+DEVICES = {"cpu": "cpu", "triton": "cpu" if se_triton.INTERPRETED else "cuda", "cuda": "cuda"}
+
+
+def _on_gpu(backend: str) -> object:
+    why_not = available_backends()[backend] if torch.cuda.is_available() else "needs an NVIDIA GPU"
+    return pytest.param(backend, marks=(pytest.mark.gpu, pytest.mark.skipif(why_not != "ok", reason=why_not)))
+
+
+ON_GPU = (_on_gpu("triton"), _on_gpu("cuda"))
+FUSED = ("cpu", *(ON_GPU if torch.cuda.is_available() else ("triton",)))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that gains "se_fwd:cpu", "se_bwd:cpu" and so on, whenever a backend does work."""
+    seen: list[str] = []
+
+    def spy(call, entry: str):
+        return lambda *args: seen.append(entry) or call(*args)
+
+    for backend, module in MODULES.items():
+        for stem in ("se_fwd", "se_bwd"):
+            monkeypatch.setattr(module, stem, spy(getattr(module, stem), f"{stem}:{backend}"))
+    return seen

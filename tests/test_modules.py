@@ -4,20 +4,49 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import warnings
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 from torchvision.ops import SqueezeExcitation
 
-from kernels import FusedSE, FusedSEBlock, SEBlock, fuse_se, unfuse_se
+from kernels import FusedSE, FusedSEBlock, SEBlock, fuse_se, se_modules, unfuse_se
 from tests.backends import DEVICES, FUSED
 
 
-def timm_se(channels: int = 32, **options) -> nn.Module:
-    from timm.layers import SEModule
+def timm_layer(name: str, **options) -> nn.Module:
+    return getattr(timm.layers, name)(32, **options)
 
-    return SEModule(channels, **options)
+
+def timm_se(**options) -> nn.Module:
+    return timm_layer("SEModule", **options)
+
+
+class ByFunctions(nn.Module):
+    """SE whose pool, activation and gate are functions, and whose layers have names and an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(8, 32, 1, bias=False), nn.Conv2d(32, 8, 1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True))))) * x
+
+
+class InASequential(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.excite = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 32, 1), nn.GELU(), nn.Conv2d(32, 32, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        return x * self.excite(x)
 
 
 ORIGINALS = {
@@ -27,6 +56,11 @@ ORIGINALS = {
         32, 8, activation=nn.SiLU, scale_activation=nn.Hardsigmoid
     ),
     "timm": timm_se,
+    "timm silu": lambda: timm_se(act_layer=nn.SiLU, bias=False),
+    "timm efficientnet": lambda: timm.models._efficientnet_blocks.SqueezeExcite(32, act_layer=nn.SiLU),
+    "timm mobilenetv3": lambda: timm.models._efficientnet_blocks.SqueezeExcite(32, gate_layer=nn.Hardsigmoid),
+    "functions": ByFunctions,
+    "one sequential, C to C": InASequential,
 }
 
 
@@ -112,40 +146,227 @@ def with_hook() -> nn.Module:
     return module
 
 
-def with_norm() -> nn.Module:
-    from timm.layers import SEModule
+def with_hook_on_a_layer() -> nn.Module:
+    module = timm_se()
+    module.fc2.register_full_backward_hook(lambda *args: None)
+    return module
 
-    return SEModule(32, norm_layer=nn.BatchNorm2d)
+
+def with_state_dict_hook() -> nn.Module:
+    module = SEBlock(32)
+    module.register_state_dict_post_hook(lambda *args: None)
+    return module
+
+
+def with_a_layer_replaced(replace) -> nn.Module:
+    module = SqueezeExcitation(32, 8)
+    module.fc1 = replace(module.fc1)
+    return module
+
+
+def with_replaced_forward() -> nn.Module:
+    module = SEBlock(32)
+    module.forward = lambda x: 2 * x
+    return module
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own deprecation
+        return torch.ao.quantization.quantize_dynamic(SEBlock(32), {nn.Linear})
+
+
+class WithDropout(SqueezeExcitation):
+    def __init__(self) -> None:
+        super().__init__(32, 8)
+        self.fc2 = nn.Sequential(nn.Dropout(0.5), self.fc2)
+
+
+class WithFunctionalDropout(SqueezeExcitation):
+    def forward(self, x):
+        return x * F.dropout(self._scale(x), 0.5, self.training)
+
+
+class WithResidual(SEBlock):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class WithOwnParameter(SEBlock):
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+class WithMask(SEBlock):
+    def forward(self, x, mask=None):
+        return super().forward(x) if mask is None else super().forward(x * mask)
+
+
+class GateAlone(SqueezeExcitation):
+    def forward(self, x):
+        return self._scale(x)
+
+
+class Mlp(nn.Module):
+    """A transformer's: C -> R -> C, and no SE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Conv2d(32, 8, 1), nn.ReLU(), nn.Conv2d(8, 32, 1)
+
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class ChannelsLastSE(SEBlock):
+    """On (N, H, W, C): another function of a tensor of four dimensions."""
+
+    def forward(self, x):
+        return x * self.fc(x.mean((1, 2), keepdim=True))
+
+
+UNSERVED = {
+    "hook": (with_hook, "hooks on it"),
+    "hook on a layer": (with_hook_on_a_layer, "hooks on fc2"),
+    "state dict hook": (with_state_dict_hook, "hooks on it"),
+    "norm inside": (lambda: timm_se(norm_layer=nn.BatchNorm2d), "bn is a BatchNorm2d"),
+    "dropout": (WithDropout, "fc2.0 is a Dropout"),
+    "functional dropout": (lambda: WithFunctionalDropout(32, 8), "something else"),
+    "max pool": (lambda: timm_se(add_maxpool=True), "something else"),
+    "residual in a subclass": (lambda: WithResidual(32), "something else"),
+    "replaced forward": (with_replaced_forward, "forward of the module is replaced"),
+    "mask": (lambda: WithMask(32), "more than x"),
+    "parameter of its own": (WithOwnParameter, "of its own"),
+    "unknown activation": (lambda: SqueezeExcitation(32, 8, activation=nn.Tanh), "activation is a Tanh"),
+    "unknown gate": (lambda: SqueezeExcitation(32, 8, scale_activation=nn.Softplus), "scale_activation is a Softplus"),
+    "gelu by tanh": (lambda: timm_se(act_layer="gelu_tanh"), "act is a GELUTanh"),
+    "learnt slope": (lambda: SqueezeExcitation(32, 8, activation=lambda: nn.PReLU(init=0.0)), "activation is a PReLU"),
+    "groups": (lambda: with_a_layer_replaced(lambda fc: nn.Conv2d(32, 8, 1, groups=4)), "fc1 is no plain .*groups=4"),
+    "parametrized": (lambda: with_a_layer_replaced(nn.utils.parametrizations.weight_norm), "fc1 is parametrized"),
+    "spectral norm": (lambda: with_a_layer_replaced(nn.utils.parametrizations.spectral_norm), "fc1 is parametrized"),
+    "weight norm by hook": (lambda: with_a_layer_replaced(nn.utils.spectral_norm), "hooks on fc1"),
+    "quantized": (quantized, "fc.0 is no plain"),
+    "one layer": (lambda: timm_layer("EffectiveSEModule"), "one layer"),
+    "gate alone": (lambda: GateAlone(32, 8), "returns the gate"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), UNSERVED.values(), ids=UNSERVED.keys())
+def test_what_the_operator_cannot_express_is_left_alone_and_reported(make, reason):
+    net = Net(make())
+    before = net.se
+    with pytest.warns(UserWarning, match=f"left 1 of 1 SE modules as they are(.|\n)*  se: .*{reason}"):
+        assert fuse_se(net) == 0
+    assert net.se is before
+    assert re.search(reason, se_modules(net)["se"])
 
 
 @pytest.mark.parametrize(
     "make",
     (
-        with_hook,
-        with_norm,
-        lambda: timm_se(add_maxpool=True),
-        lambda: SqueezeExcitation(32, 8, activation=nn.Tanh),
-        lambda: SqueezeExcitation(32, 8, scale_activation=nn.Softplus),
-        lambda: SqueezeExcitation(32, 8, activation=lambda: nn.GELU(approximate="tanh")),
-        lambda: SqueezeExcitation(32, 8, activation=lambda: nn.PReLU(init=0.0)),
         nn.Identity,
+        Mlp,
+        lambda: ChannelsLastSE(32),
+        lambda: nn.Sequential(nn.Conv2d(32, 32, 1), nn.Sigmoid()),
+        lambda: nn.Sequential(nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 32, 1)),
+        lambda: timm.layers.GlobalResponseNormMlp(32, use_conv=True),
+        lambda: timm_layer("EcaModule"),
+        lambda: resnet18().layer1[0],
+        lambda: nn.TransformerEncoderLayer(32, 4),
     ),
     ids=(
-        "hook",
-        "norm inside",
-        "max pool",
-        "unknown activation",
-        "unknown gate",
-        "gelu by tanh",
-        "learnt slope",
-        "no SE at all",
+        "identity",
+        "mlp",
+        "channels last se",
+        "one convolution",
+        "bottleneck",
+        "response norm",
+        "eca",
+        "resnet",
+        "transformer",
     ),
 )
-def test_what_the_operator_cannot_express_is_left_alone(make):
+def test_nothing_is_said_of_what_is_no_se(make):
     net = Net(make())
-    before = net.se
-    assert fuse_se(net) == 0
-    assert net.se is before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fuse_se(net) == 0
+    assert se_modules(net) == {}
+
+
+def test_one_warning_groups_the_reasons_and_counts_the_whole():
+    model = nn.Sequential(
+        *(Net(timm_se(add_maxpool=True)) for _ in range(6)), Net(timm_layer("EffectiveSEModule")), Net(SEBlock(32))
+    )
+    with pytest.warns(UserWarning, match="left 7 of 8 SE modules") as record:
+        assert fuse_se(model) == 1
+    assert len(record) == 1
+    text = str(record[0].message)
+    assert "0.se, 1.se, 2.se, 3.se and 2 more: it computes something else" in text
+    assert "6.se: it has one layer" in text
+    assert record[0].filename == __file__
+    report = se_modules(model)
+    assert list(report) == [*(f"{i}.se" for i in (7, 0, 1, 2, 3, 4, 5, 6))]
+    assert report["7.se"] == "fused"
+
+
+def test_a_shared_module_stays_shared_and_counts_once():
+    se = SEBlock(32)
+    net = Net(se)
+    net.again, net.blocks = se, nn.ModuleList([se, SEBlock(32)])
+    assert fuse_se(net, backend="cpu") == 2
+    assert net.se is net.again is net.blocks[0]
+    assert isinstance(net.se, FusedSE)
+    assert unfuse_se(net) == 2
+    assert net.se is net.again is net.blocks[0] is se
+
+
+def test_the_root_has_no_place_to_be_swapped_at():
+    with pytest.raises(ValueError, match=r"nn\.Sequential\(model\)"):
+        fuse_se(SEBlock(32))
+    wrapped = nn.Sequential(SEBlock(32))
+    assert fuse_se(wrapped) == 1
+    assert fuse_se(wrapped[0]) == 0
+    with pytest.raises(ValueError, match=r"model\.unfused\(\)"):
+        unfuse_se(wrapped[0])
+
+
+def test_the_model_is_not_touched_while_it_is_examined(net):
+    net.se.register_forward_pre_hook(lambda *args: pytest.fail("a hook of the model ran"))
+    net.train()
+    net.se.eval()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+    se_modules(net)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert net.training
+    assert not net.se.training
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_a_model_on_the_meta_device_is_fused(net):
+    assert fuse_se(net.to("meta")) == 1
+
+
+def test_modes_dtypes_and_frozen_parameters_pass_through(net):
+    net.se.requires_grad_(False)
+    net.eval()
+    names = [name for name, _ in net.named_modules()]
+    fuse_se(net, backend="cpu")
+    assert [name for name, _ in net.named_modules()] == names
+    assert not any(module.training for module in net.modules())
+    assert "se" not in {name.split(".")[0] for name, p in net.named_parameters() if p.requires_grad}
+    net.train()
+    assert all(module.training for module in net.modules())
+    net.to(torch.bfloat16)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert net.se(torch.ones(1, 32, 2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    net.load_state_dict({name: torch.zeros_like(t) for name, t in net.state_dict().items()})
+    unfuse_se(net)
+    assert all(module.training for module in net.modules())
+    assert not any(p.any() for p in net.parameters())
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("backend", FUSED)
