@@ -35,8 +35,8 @@ CUDA_ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 # ATen's parallel_for is a header: without -fopenmp it would be compiled for one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 # Contracting a * b + c in one copy of a loop and not in another would make results depend on how a batch was divided.
-NVCC_FLAGS = ["-O3", f"--threads={min(4, os.cpu_count() or 1)}"]
 CXX_FLAGS = ["-O3", "-Wall", "-ffp-contract=off", *OPENMP]
+NVCC_FLAGS = ["-O3", f"--threads={min(4, os.cpu_count() or 1)}"]  # several architectures at a time
 
 
 class BuildKernels(build_ext):

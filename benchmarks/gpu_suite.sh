@@ -53,10 +53,19 @@ with open(sys.argv[1], "w") as file:
 print(facts)
 PYTHON
 if [ -n "$rehearse" ]; then
+    step sanitizer "$python" -m pytest tests/test_cuda_on_cpu.py -q -k "clean_under_address" -p no:cacheprovider
     step parity "$python" -m pytest tests/test_squeeze_excite.py -q -k "triton and odd" -p no:cacheprovider
     selection=(-k "stage and 4 and float32")
 else
     step parity "$python" -m pytest tests -q -m gpu -p no:cacheprovider
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck synccheck; do
+            step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
+                tests/test_squeeze_excite.py -m gpu -k "cuda and values and odd and float32"
+        done
+    else
+        echo "compute-sanitizer: not installed, left out"
+    fi
     selection=()
 fi
 step benchmarks "$python" -m pytest benchmarks/ --benchmark-only -q -p no:cacheprovider \

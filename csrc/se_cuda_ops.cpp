@@ -14,8 +14,8 @@
 #include "se_cuda.h"
 
 #ifdef WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 // Tests build this file a second time, over kernels that run on the CPU.
@@ -32,7 +32,7 @@ using std::optional;
 // Makes x's device the current one, and names its current stream.
 #ifdef WITH_CUDA
 struct OnDevice {
-  explicit OnDevice(const Tensor& x) : guard(x.device()), stream(at::cuda::getCurrentCUDAStream().stream()) {}
+  explicit OnDevice(const Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {}
   c10::cuda::CUDAGuard guard;
   void* stream;
 };

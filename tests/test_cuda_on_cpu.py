@@ -15,7 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 from kernels import backends, se_cuda, squeeze_excite
-from tests.test_squeeze_excite import LAYOUTS, check_parity, make_inputs, value_and_gradients
+from tests.se_cases import LAYOUTS, check_parity, make_inputs, value_and_gradients
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "cuda_on_cpu"
@@ -110,6 +110,22 @@ def test_views_and_expanded_gradients_are_read_in_place(cuda, dtype):
             check_parity([x, *weights], dout, "cuda")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("played", "forward", "backward"), (("clusters", 1, 2), ("no clusters", 2, 3)))
+def test_traffic(cuda, played, forward, backward, dtype, layout):
+    """On the chip every tensor is read once; in the grid x is read twice forward, and dout backward."""
+    cuda.set_limits(*PLAYED[played])
+    (x, *weights), dout = make_inputs((2, 40, 24, 20, 5), dtype, "cpu", layout=layout)
+    unit = x.numel() * x.element_size()
+    x.requires_grad_()
+    cuda.traffic()
+    out = squeeze_excite(x, *weights, backend="cuda")
+    assert cuda.traffic() == (forward * unit, unit)
+    torch.autograd.grad(out, x, dout)
+    assert cuda.traffic() == (backward * unit, unit)
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
 def test_nan_and_inf_are_carried_as_eager_carries_them(cuda, value):
     inputs, dout = make_inputs((3, 24, 4, 4, 4), torch.float32, "cpu")
@@ -173,9 +189,10 @@ def run(program: Path, *args: str) -> str:
     return done.stdout
 
 
-def test_clean_under_address_sanitizer(tmp_path):
+def test_clean_under_address_sanitizer_and_as_documented(tmp_path):
     program = build("address", tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     assert run(program).endswith("ok\n")
+    assert run(program, "plans") in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

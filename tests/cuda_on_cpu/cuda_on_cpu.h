@@ -129,8 +129,10 @@ class Machine {
   int skipped_barrier = -1;  // which of a thread's barriers, counted from 0, is left out; none where negative
   int most_barriers = 0;     // how many a thread met in the last launch
   int launches = 0;
+  int64_t bytes_read = 0, bytes_written = 0;  // of activations in global memory, since they were last set to 0
 
   UNWATCHED Fibre* running() { return running_; }
+  UNWATCHED size_t shared_bytes() const { return shared_bytes_; }
 
   void run(int64_t blocks, int cluster, int64_t shared, const std::function<void()>& kernel) {
     ++launches;
@@ -368,12 +370,15 @@ void from_pair(float first, float second, T* to) {
 
 inline unsigned char* shared_memory() { return cuda_on_cpu::machine().running()->block->shared.get(); }
 
+UNWATCHED inline void count(int64_t& bytes, size_t more) { bytes += int64_t(more); }
+
 inline void copy_async(void* shared, const void* global) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0) {
     std::fprintf(stderr, "cuda_on_cpu: a copy that is not 16-byte aligned\n");
     std::abort();
   }
   cuda_on_cpu::machine().running()->copies.push_back({shared, global});
+  count(cuda_on_cpu::machine().bytes_read, 16);
 }
 inline void copies_wait() {
   auto& copies = cuda_on_cpu::machine().running()->copies;
@@ -404,16 +409,22 @@ void check_alignment(const V* at) {
 template <class V>
 V load_first(const V* from) {
   check_alignment(from);
+  auto& machine = cuda_on_cpu::machine();
+  const auto* const shared = machine.running()->block->shared.get();
+  const auto* const at = reinterpret_cast<const unsigned char*>(from);
+  if (at < shared || at >= shared + machine.shared_bytes()) {
+    count(machine.bytes_read, sizeof(V));
+  }
   return *from;
 }
 template <class V>
 V load_last(const V* from) {
-  check_alignment(from);
-  return *from;
+  return load_first(from);
 }
 template <class V>
 void store_last(V* to, V value) {
   check_alignment(to);
+  count(cuda_on_cpu::machine().bytes_written, sizeof(V));
   *to = value;
 }
 

@@ -4,6 +4,7 @@
 //   drive_se small      one case of each kind of team, for ThreadSanitizer
 //   drive_se barriers   the same with each barrier left out in turn; exits with 1 where that goes unnoticed. To be built
 //                       with ThreadSanitizer: not every order of the threads shows every missing barrier
+//   drive_se plans      the table of docs/kernels.md: who takes SE-ResNet50's stages on which GPU
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -260,6 +261,37 @@ double run(const Case& c, int (&barriers)[2], int skip_forward = -1, int skip_ba
   }
 }
 
+void print_plans() {
+  const struct {
+    const char* name;
+    se_cuda::Limits limits;
+  } gpus[] = {{"sm_80 (A100)", {108, 163 << 10, 164 << 10, 40 << 20, 1}},
+              {"sm_86 (RTX 3090)", {82, 99 << 10, 100 << 10, 6 << 20, 1}},
+              {"sm_89 (RTX 4090)", {128, 99 << 10, 100 << 10, 72 << 20, 1}},
+              {"sm_90 (H100, H200)", {132, 227 << 10, 228 << 10, 50 << 20, 16}},
+              {"sm_100 (B200)", {148, 227 << 10, 228 << 10, 126 << 20, 16}},
+              {"sm_120 (RTX 5090)", {170, 99 << 10, 100 << 10, 96 << 20, 8}}};
+  const int stages[][2] = {{256, 56}, {512, 28}, {1024, 14}, {2048, 7}};
+  std::puts("| N = 256 | stage 1 | stage 2 | stage 3 | stage 4 |\n|---|---|---|---|---|");
+  alignas(16) char somewhere[16];
+  for (const auto& gpu : gpus) {
+    for (const DType dtype : {DType::bfloat16, DType::float32}) {
+      std::printf("| %s, %s |", gpu.name, dtype == DType::float32 ? "float32" : "half");
+      for (const auto& [C, side] : stages) {
+        const se_cuda::Shape shape = {256, C, side, side, C / 16, dtype, Act::relu, GateFn::sigmoid, true};
+        const se_cuda::View view = {somewhere, int64_t(C) * side * side, 1, int64_t(C) * side, C, true};
+        const se_cuda::Plan plan = se_cuda::plan(shape, gpu.limits, {view});
+        if (plan.on_chip) {
+          std::printf(" %d x %.1f KiB |", plan.team, plan.shared / 1024.0);
+        } else {
+          std::printf(" L2, %d |", plan.team);
+        }
+      }
+      std::puts("");
+    }
+  }
+}
+
 // Of a float32 computation; results in a half type have been divided by what their rounding adds.
 constexpr double kTolerance = 4e-6;
 
@@ -281,13 +313,17 @@ bool fails(F error_of) {
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string mode = argc > 1 ? argv[1] : "";
+  if (mode == "plans") {
+    print_plans();
+    return 0;
+  }
   std::vector<Case> cases;
   if (mode.empty()) {
     cases.assign(std::begin(kCases), std::end(kCases));
   } else {
     for (const size_t i : kSmall) {
       cases.push_back(kCases[i]);
-      cases.back().N = 2;
+      cases.back().N = mode == "barriers" && cases.back().limits.cluster > 1 ? 1 : 2;
     }
   }
   const cuda_on_cpu::Order orders[] = {cuda_on_cpu::Order::ascending, cuda_on_cpu::Order::descending,

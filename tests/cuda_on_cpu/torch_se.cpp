@@ -17,19 +17,11 @@ TORCH_LIBRARY_FRAGMENT(kernels_cuda_on_cpu, m) {
   m.def("set_order(int order) -> ()",
         [](int64_t order) { cuda_on_cpu::machine().order = cuda_on_cpu::Order(order); });
   m.def("launches() -> int", [] { return int64_t(cuda_on_cpu::machine().launches); });
-  // (on_chip, vector, team, shared) for a dense, aligned tensor on the machine that is played
-  m.def("plan(int N, int C, int H, int W, int R, bool half, bool channels_last) -> int[]",
-        [](int64_t N, int64_t C, int64_t H, int64_t W, int64_t R, bool half, bool channels_last) {
-          using namespace se_cuda;
-          const Shape shape = {N, int(C), int(H), int(W), int(R), half ? DType::bfloat16 : DType::float32, Act::relu,
-                               GateFn::sigmoid, channels_last};
-          View view = {nullptr, C * H * W, 1, W * C, C, true};
-          if (!channels_last) {
-            view = {nullptr, C * H * W, H * W, W, 1, true};
-          }
-          alignas(16) static char somewhere[16];
-          view.data = somewhere;
-          const Plan plan = se_cuda::plan(shape, device_limits(), {view});
-          return std::vector<int64_t>{plan.on_chip, plan.vector, plan.team, plan.shared};
-        });
+  // Bytes of activations read from and written to global memory since this was last asked
+  m.def("traffic() -> (int, int)", [] {
+    auto& machine = cuda_on_cpu::machine();
+    const std::tuple<int64_t, int64_t> bytes = {machine.bytes_read, machine.bytes_written};
+    machine.bytes_read = machine.bytes_written = 0;
+    return bytes;
+  });
 }
