@@ -1,8 +1,12 @@
-// How a batch is divided among threads and caches: tiles of a sample, groups and blocks of samples.
+// How a batch is divided: samples into blocks that the caches hold, a sample into tiles, the tiles among a team of
+// threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -10,52 +14,123 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "se.h"
 
 namespace se {
 namespace {
 
-constexpr int64_t kTileBytes = 64 * 1024;          // of a sample: what threads share out by phase
-constexpr int64_t kMinTileLines = 16;              // fewer would make the partial sums a traffic of their own
+constexpr int64_t kTileBytes = 128 * 1024;         // of a sample: what threads share out
+constexpr int64_t kTileLines = 16;                 // fewer would make the partial sums a traffic of their own
+constexpr int64_t kSlabBytes = 256 * 1024;         // of a tile with all of a sample's pixels
+constexpr int64_t kSegmentBytes = 2 * 1024;        // of a line in it: less would be too short to be prefetched
 constexpr int64_t kCacheBytes = 1024 * 1024;       // of L2 that a thread can count on
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;  // of a result for each thread: more is written past the caches
-constexpr int64_t kWeightShare = 4;           // by group: weights are at most this many times a group's activations
-constexpr int64_t kProductGrain = 32 * 1024;  // multiply-adds worth a thread
-constexpr int64_t kElementGrain = 16 * 1024;  // simple operations worth a thread
-constexpr int64_t kColumnBlock = 16;          // columns of a product that a thread takes at least
+constexpr int64_t kSerialElements = 32 * 1024;     // of an activation: fewer are not worth a second thread
+constexpr int64_t kRowBlock = 4;                   // rows of a product that a thread takes at least
+constexpr int64_t kColumnBlock = 16;               // columns of a product that a thread takes at least
 
-// How one sample is divided into tiles: channels-last by lines (h), contiguous by channels.
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The threads of one parallel region, as one of them sees it. All of them make the same calls in the same order.
+struct Team {
+  int64_t index, size;
+
+  // Calls f(begin, end) for this thread's part of [0, count), in units of `unit`.
+  template <class F>
+  void share(int64_t count, int64_t unit, const F& f) const {
+    const int64_t units = ceil_div(count, unit);
+    const int64_t begin = units * index / size * unit, end = std::min(units * (index + 1) / size * unit, count);
+    if (begin < end) {
+      f(begin, end);
+    }
+  }
+
+  // Until every thread has come here.
+  void wait() const {
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+  }
+};
+
+// Runs f(team) on every thread of a team. ATen's parallel_for has no barrier: it would take a region for each step.
+template <class F>
+void in_team(const Shape& shape, const F& f) {
+  [[maybe_unused]] const bool alone =
+      at::in_parallel_region() || shape.N * shape.C * shape.H * shape.W < kSerialElements;
+  at::get_num_threads();  // lets ATen set OpenMP's number of threads, if this is its first use
+#if defined(_OPENMP)
+#pragma omp parallel if (!alone)
+  f(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+  f(Team{0, 1});
+#endif
+}
+
+// How one sample is divided into tiles, by its shape alone. Channels-last: by pixels, or by channels where pixels are
+// few. Contiguous: by channels, and by pixels where a channel is large.
 struct Tiling {
   bool channels_last;
   Extent extent;
-  int64_t step, count;
+  int64_t channels, pixels;  // of a tile, along the dimension that pixels are divided in
 
   Tiling(bool channels_last, Extent extent, int64_t element_size) : channels_last(channels_last), extent(extent) {
-    const int64_t row = element_size * (channels_last ? extent.W * extent.C : extent.H * extent.W);
-    const int64_t least = channels_last ? kMinTileLines / extent.W : 0;
-    step = std::max({kTileBytes / row, least, int64_t(1)});
-    count = (rows() + step - 1) / step;
+    const int64_t elements = kTileBytes / element_size, HW = extent.H * extent.W;
+    const int64_t slab = kSlabBytes / element_size / HW;  // channels
+    channels = extent.C;
+    pixels = length();
+    if (slab >= (channels_last ? kSegmentBytes / element_size : 1)) {
+      channels = even_step(extent.C, slab, channels_last ? 64 : 1);
+    } else if (channels_last) {
+      pixels = even_step(length(), std::max(elements / extent.C, kTileLines) / extent.W, 1);
+    } else {
+      channels = 1;
+      pixels = even_step(length(), elements * length() / HW, 1);
+    }
   }
-  int64_t rows() const {
-    return channels_last ? extent.H : extent.C;
+  // Of the dimension that pixels are divided in: H, which is 1 where a contiguous sample's pixels are one dimension.
+  int64_t length() const {
+    return along_w() ? extent.W : extent.H;
   }
-  Extent at(int64_t tile) const {
-    const int64_t size = std::min(step, rows() - tile * step);
-    return channels_last ? Extent{extent.C, size, extent.W} : Extent{size, extent.H, extent.W};
+  bool along_w() const {
+    return !channels_last && extent.H == 1;
+  }
+  int64_t channel_tiles() const {
+    return ceil_div(extent.C, channels);
+  }
+  int64_t pixel_tiles() const {
+    return ceil_div(length(), pixels);
+  }
+  int64_t count() const {
+    return channel_tiles() * pixel_tiles();
   }
   int64_t first_channel(int64_t tile) const {
-    return channels_last ? 0 : tile * step;
+    return tile % channel_tiles() * channels;
   }
-  // Partial sums of one channel.
-  int64_t partials() const {
-    return channels_last ? count : 1;
+  int64_t first_pixel(int64_t tile) const {
+    return tile / channel_tiles() * pixels;
+  }
+  Extent at(int64_t tile) const {
+    const int64_t C = std::min(channels, extent.C - first_channel(tile));
+    const int64_t size = std::min(pixels, length() - first_pixel(tile));
+    return along_w() ? Extent{C, 1, size} : Extent{C, size, extent.W};
   }
   template <class T>
   View<T> view(const Activation<T>& a, int64_t n, int64_t tile) const {
-    T* data = a.data + n * a.stride_n + tile * step * (channels_last ? a.stride_h : a.stride_c);
+    T* data = a.data + n * a.stride_n + first_channel(tile) * a.stride_c +
+              first_pixel(tile) * (along_w() ? a.stride_w : a.stride_h);
     return {data, a.stride_c, a.stride_h, a.stride_w};
+  }
+
+ private:
+  // About `step`, a multiple of `unit`, so that the tiles are alike, and divide evenly among most numbers of threads.
+  static int64_t even_step(int64_t length, int64_t step, int64_t unit) {
+    const int64_t least = ceil_div(length, std::max(step, int64_t(1)));
+    const int64_t tiles = least > 4 ? ceil_div(least, 4) * 4 : least;
+    return ceil_div(ceil_div(length, tiles), unit) * unit;
   }
 };
 
@@ -83,91 +158,34 @@ Extent collapse(const Shape& shape, Activations&... activations) {
   return shape.channels_last ? Extent{shape.C, HW, 1} : Extent{shape.C, 1, HW};
 }
 
-// Samples that one thread takes together, enough to be worth reading the weights for; zero where the work is better
-// divided by phase.
-int64_t group_size(const Shape& shape, int64_t sample_bytes, int64_t weight_bytes) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t share = std::max(int64_t(1), (shape.N + threads - 1) / threads);
-  int64_t group = std::clamp(std::max(kCacheBytes, 2 * weight_bytes) / sample_bytes, int64_t(1), share);
-  if (group > 4) {
-    group -= group % 4;  // the products' groups
-  }
-  const int64_t turns = ((shape.N + group - 1) / group + threads - 1) / threads;
-  const bool balanced = 5 * shape.N >= 4 * turns * group * threads;
-  return balanced && weight_bytes <= kWeightShare * group * sample_bytes ? group : 0;
+// Samples that are taken together: what the threads' caches hold between two reads, but enough to be worth reading the
+// weights for.
+template <class T, class W>
+int64_t samples_per_block(const Shape& shape, int64_t tensors) {
+  const int64_t sample_bytes = tensors * shape.C * shape.H * shape.W * static_cast<int64_t>(sizeof(T));
+  const int64_t weight_bytes = 2 * shape.C * shape.R * static_cast<int64_t>(sizeof(W));
+  const int64_t bytes = std::max(at::get_num_threads() * kCacheBytes, 2 * weight_bytes);
+  const int64_t N = std::max(shape.N, int64_t(1)), most = std::clamp(bytes / sample_bytes, int64_t(1), N);
+  return ceil_div(N, ceil_div(N, most));
+}
+
+// Whether a result of this size would not be found in the caches by whoever reads it.
+template <class T>
+bool outgrows_cache(const Shape& shape) {
+  return shape.N * shape.C * shape.H * shape.W * static_cast<int64_t>(sizeof(T)) > at::get_num_threads() * kStreamBytes;
 }
 
 // Whether the memory of p has a page behind it. A new allocation has none until it is written to: the kernel then hands
-// out a cleared page, already in cache.
+// out a cleared page, already in cache, and to write past the caches would only send it twice.
 inline bool is_resident(const void* p) {
 #if defined(__linux__)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char resident = 1;
   mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / page * page), page, &resident);
   return resident & 1;
 #else
   return true;
 #endif
-}
-
-// Whether to write a result past the caches: it is so large that its reader would not find it there, and it is not being
-// brought there anyway. The page in the middle tells: those at the ends hold the allocator's own notes.
-template <class T>
-bool goes_past_cache(const Shape& shape, const T* result) {
-  const int64_t elements = shape.N * shape.C * shape.H * shape.W;
-  return result && elements * int64_t(sizeof(T)) > at::get_num_threads() * kStreamBytes &&
-         is_resident(result + elements / 2);
-}
-
-template <class F>
-void parallel(int64_t count, int64_t cost_each, int64_t grain, const F& f) {
-  at::parallel_for(0, count, std::max(int64_t(1), grain / std::max(int64_t(1), cost_each)), f);
-}
-
-// Runs f(n, tile) for every tile of samples [first, last). In reverse a thread begins with what it touched last, which
-// is still in its cache.
-template <class F>
-void for_each_tile(const Tiling& tiling, int64_t first, int64_t last, bool reverse, const F& f) {
-  at::parallel_for(0, (last - first) * tiling.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t item = reverse ? begin + end - 1 - i : i;
-      f(first + item / tiling.count, item % tiling.count);
-    }
-  });
-}
-
-// Sums over (h, w) for samples [first, last): sum_tile(n, tile, total) adds a tile's to total, finish(n, c, sum) takes
-// each result.
-template <class SumTile, class Finish>
-void sum_by_phase(const Tiling& tiling, int64_t first, int64_t last, const SumTile& sum_tile, const Finish& finish) {
-  const int64_t C = tiling.extent.C, P = tiling.partials();
-  std::vector<double> partial((last - first) * P * C, 0.);
-  for_each_tile(tiling, first, last, false, [&](int64_t n, int64_t tile) {
-    double* total = partial.data() + (n - first) * P * C;
-    sum_tile(n, tile, total + (tiling.channels_last ? tile * C : tiling.first_channel(tile)));
-  });
-  parallel((last - first) * C, P, kElementGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / C, c = i % C;
-      double total = 0;
-      for (int64_t p = 0; p < P; ++p) {
-        total += partial[(n * P + p) * C + c];
-      }
-      finish(first + n, c, total);
-    }
-  });
-}
-
-template <class SumTile, class Finish>
-void sum_sample(const Tiling& tiling, int64_t n, std::vector<double>& total, const SumTile& sum_tile,
-                const Finish& finish) {
-  std::fill(total.begin(), total.end(), 0.);
-  for (int64_t tile = 0; tile < tiling.count; ++tile) {
-    sum_tile(n, tile, total.data() + tiling.first_channel(tile));
-  }
-  for (int64_t c = 0; c < tiling.extent.C; ++c) {
-    finish(n, c, total[c]);
-  }
 }
 
 }  // namespace

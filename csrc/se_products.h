@@ -6,18 +6,23 @@
 namespace se {
 namespace {
 
-// Long sums are taken in blocks of this many rows (or vectors): the error then grows with the length of a block and the
+// Long sums are taken in blocks of this many rows or vectors: the error then grows with the length of a block and the
 // number of blocks, not with their product.
 constexpr int64_t kRowsPerBlock = 64;
+constexpr int64_t kVectorsPerSum = 256;
 // Columns whose sums stay in L1.
 constexpr int64_t kColumnChunk = 512;
 
 template <int kRows, int kSamples, class W, class A>
 inline void rows_dot_tile(const W* m, int64_t cols, const A* bias, const A* x, int64_t ldx, A* y, int64_t ldy) {
-  constexpr int64_t kBlock = kRowsPerBlock * kLanes<A>;
-  Vec<A> total[kRows][kSamples] = {};
+  constexpr int64_t kBlock = kVectorsPerSum * kLanes<A>;
   for (int64_t begin = 0; begin < cols; begin += kBlock) {
-    Vec<A> acc[kRows][kSamples] = {};
+    Vec<A> acc[kRows][kSamples];
+    for (int i = 0; i < kRows; ++i) {
+      for (int n = 0; n < kSamples; ++n) {
+        acc[i][n] = Vec<A>{};
+      }
+    }
     for_each_vector<A>(smaller(cols - begin, kBlock),
                        [&](auto whole, int64_t k, int64_t count) __attribute__((always_inline)) {
                          constexpr bool kWhole = decltype(whole)::value;
@@ -33,29 +38,12 @@ inline void rows_dot_tile(const W* m, int64_t cols, const A* bias, const A* x, i
                            }
                          }
                        });
-    for (int i = 0; i < kRows; ++i) {
-      for (int n = 0; n < kSamples; ++n) {
-        total[i][n] += acc[i][n];
+    for (int n = 0; n < kSamples; ++n) {
+      for (int i = 0; i < kRows; ++i) {
+        const A before = begin > 0 ? y[n * ldy + i] : bias ? bias[i] : A(0);
+        y[n * ldy + i] = before + reduce<A>(acc[i][n]);
       }
     }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int n = 0; n < kSamples; ++n) {
-      y[n * ldy + i] = reduce<A>(total[i][n]) + (bias ? bias[i] : A(0));
-    }
-  }
-}
-
-template <int kSamples, class W, class A>
-void rows_dot_samples(const W* m, int64_t rows, int64_t cols, const A* bias, const A* x, int64_t ldx, A* y,
-                      int64_t ldy) {
-  constexpr int kRows = 4;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    rows_dot_tile<kRows, kSamples>(m + i * cols, cols, bias ? bias + i : nullptr, x, ldx, y + i, ldy);
-  }
-  for (; i < rows; ++i) {
-    rows_dot_tile<1, kSamples>(m + i * cols, cols, bias ? bias + i : nullptr, x, ldx, y + i, ldy);
   }
 }
 
@@ -76,11 +64,15 @@ inline void for_each_group_of_four(int64_t N, F f) {
   }
 }
 
+// Rows outside, so that the weights are read from end to end, once.
 template <class W>
 void rows_dot(const W* m, int64_t rows, int64_t cols, const acc_t<W>* bias, const acc_t<W>* x, int64_t ldx, acc_t<W>* y,
               int64_t ldy, int64_t N) {
-  for_each_group_of_four(N, [&](auto samples, int64_t n) {
-    rows_dot_samples<decltype(samples)::value>(m, rows, cols, bias, x + n * ldx, ldx, y + n * ldy, ldy);
+  for_each_group_of_four(rows, [&](auto group, int64_t i) {
+    for_each_group_of_four(N, [&](auto samples, int64_t n) {
+      rows_dot_tile<decltype(group)::value, decltype(samples)::value>(
+          m + i * cols, cols, bias ? bias + i : nullptr, x + n * ldx, ldx, y + n * ldy + i, ldy);
+    });
   });
 }
 
@@ -113,8 +105,8 @@ inline void cols_dot_rows(const W* m, int64_t ldm, int64_t cols, bool first, con
   });
 }
 
-// The sums of a chunk of columns stay in L1, so that the rows of m are read from end to end: a tile in registers would
-// take a few numbers from every row, each from another page.
+// The sums of a chunk of columns stay in L1, so that long rows are read from end to end: a tile in registers would take
+// a few numbers from every row, each from another page.
 template <int kSamples, class W, class A>
 void cols_dot_chunk(const W* m, int64_t ldm, int64_t rows, int64_t cols, const A* x, int64_t ldx, A* y, int64_t ldy) {
   constexpr int kRows = 4;
@@ -136,13 +128,49 @@ void cols_dot_chunk(const W* m, int64_t ldm, int64_t rows, int64_t cols, const A
   }
 }
 
+// y[n, j] for kVectors vectors of j, summed in registers in the order of cols_dot_chunk.
+template <int kSamples, int kVectors, class W, class A>
+inline void cols_dot_tile(const W* m, int64_t ldm, int64_t rows, const A* x, int64_t ldx, A* y, int64_t ldy) {
+  for (int64_t begin = 0; begin < rows; begin += kRowsPerBlock) {
+    const int64_t end = smaller(begin + kRowsPerBlock, rows);
+    Vec<A> acc[kVectors][kSamples];
+    for (int k = 0; k < kVectors; ++k) {
+      for (int n = 0; n < kSamples; ++n) {
+        acc[k][n] = Vec<A>{};
+      }
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      for (int k = 0; k < kVectors; ++k) {
+        const Vec<A> weights = load<true>(m + i * ldm + k * kLanes<A>, kLanes<A>);
+        for (int n = 0; n < kSamples; ++n) {
+          acc[k][n] = multiply_add(weights, broadcast<A>(x[n * ldx + i]), acc[k][n]);
+        }
+      }
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      for (int n = 0; n < kSamples; ++n) {
+        A* to = y + n * ldy + k * kLanes<A>;
+        store<true>(to, kLanes<A>, begin == 0 ? acc[k][n] : load<true>(to, kLanes<A>) + acc[k][n]);
+      }
+    }
+  }
+}
+
 template <class W>
 void cols_dot(const W* m, int64_t ldm, int64_t rows, int64_t cols, const acc_t<W>* x, int64_t ldx, acc_t<W>* y,
               int64_t ldy, int64_t N) {
+  using A = acc_t<W>;
+  constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;  // as many sums as there are registers for
+  constexpr int64_t kTile = kVectors * kLanes<A>;
   for_each_group_of_four(N, [&](auto samples, int64_t n) {
-    for (int64_t j = 0; j < cols; j += kColumnChunk) {
-      cols_dot_chunk<decltype(samples)::value>(m + j, ldm, rows, smaller(cols - j, kColumnChunk), x + n * ldx, ldx,
-                                               y + n * ldy + j, ldy);
+    constexpr int kSamples = decltype(samples)::value;
+    int64_t j = 0;
+    for (; ldm <= kColumnChunk && j + kTile <= cols; j += kTile) {
+      cols_dot_tile<kSamples, kVectors>(m + j, ldm, rows, x + n * ldx, ldx, y + n * ldy + j, ldy);
+    }
+    for (; j < cols; j += kColumnChunk) {
+      cols_dot_chunk<kSamples>(m + j, ldm, rows, smaller(cols - j, kColumnChunk), x + n * ldx, ldx, y + n * ldy + j,
+                               ldy);
     }
   });
 }

@@ -113,7 +113,7 @@ inline int64_t smaller(int64_t a, int64_t b) {
 
 template <class A>
 inline Vec<A> broadcast(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // a sum would not do: -0 + 0 is 0
 }
 
 // Sums kCount vectors pairwise.

@@ -206,7 +206,9 @@ def test_output_mask_gives_that_gradient_alone(wanted: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(8, 64, 24, 24, 4), (3, 2048, 7, 7, 128), (1, 512, 9, 9, 32), (7, 40, 33, 5, 10)], ids=ids
+    "shape",
+    [(8, 64, 24, 24, 4), (3, 2048, 7, 7, 128), (1, 512, 9, 9, 32), (7, 40, 33, 5, 10), (1, 3, 301, 299, 2)],
+    ids=ids,
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bitwise_equal_for_any_number_of_threads(
@@ -283,6 +285,13 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan() -> None:
     assert torch.equal(out, (finite.float() * gate[:, :, None, None]).bfloat16())
     out = torch.ops.kernels_C.se_fwd(x, *gate_zero, RELU, SIGMOID)[0]
     assert out[x.isnan()].isnan().all()
+
+
+def test_sigmoid_from_tail_to_tail() -> None:
+    z = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    w1, w2 = torch.zeros(1, len(z)), torch.zeros(len(z), 1)
+    gate = torch.ops.kernels_C.se_fwd(torch.zeros(1, len(z), 1, 1), w1, None, w2, z, RELU, SIGMOID)[3]
+    torch.testing.assert_close(gate[0], z.double().sigmoid().float(), rtol=5e-7, atol=1e-37, equal_nan=True)
 
 
 def test_empty_batch() -> None:
