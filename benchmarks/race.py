@@ -1,4 +1,4 @@
-"""Times one function against its peers, interleaved: every round runs each of them once, in turn.
+"""Times functions against their peers, interleaved: every round runs each of them, in turn.
 
 A machine's speed drifts; the ratio of two runs that follow one another does not. So ratios are taken round by round,
 and their median is the figure.
@@ -6,6 +6,8 @@ and their median is the figure.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -14,54 +16,102 @@ from typing import Any
 
 import torch
 
+# Holds a GPU back for a few milliseconds, until the calls that follow are queued: the time between two events is then
+# the GPU's own, where a call of 50 microseconds is over sooner than Python issues the next.
+HOLD_CYCLES = 8_000_000
+
 
 @dataclass
 class Entrant:
-    """``prepare`` makes what ``run`` needs, off the clock, such as the graph of a backward pass."""
+    """``prepare(i)`` makes what ``run`` needs for call i, off the clock, such as the graph of a backward pass.
+
+    ``calls``: how many are timed at once; ``seconds`` gets the time of one. ``bytes_moved``: by one call.
+    """
 
     run: Callable[[Any], object]
-    prepare: Callable[[], Any] = lambda: None
+    prepare: Callable[[int], Any] = lambda _: None
+    calls: int = 1
+    bytes_moved: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def timed(self) -> None:
-        state = self.prepare()
-        synchronize()
-        began = time.perf_counter()
-        self.run(state)
-        synchronize()
-        self.seconds.append(time.perf_counter() - began)
+        states = [self.prepare(i) for i in range(self.calls)]
+        clock = seconds_on_gpu if torch.cuda.is_available() else seconds_on_cpu
+        self.seconds.append(clock(self.run, states) / self.calls)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def seconds_on_cpu(run: Callable[[Any], object], states: list[Any]) -> float:
+    began = time.perf_counter()
+    for state in states:
+        run(state)
+    return time.perf_counter() - began
 
 
-def race(benchmark: Any, ours: Entrant, peers: dict[str, Entrant], *, label: dict[str, str], rounds: int = 25) -> None:
-    """Runs the rounds under pytest-benchmark, which reports ``ours``; the ratios go to its ``extra_info``.
+def seconds_on_gpu(run: Callable[[Any], object], states: list[Any]) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HOLD_CYCLES)
+    began.record()
+    for state in states:
+        run(state)
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3
 
-    ``extra_info`` gets ``label``, ``ms`` (p20, p50, p80 of ours) and, for each peer, ``vs_<peer>``: the median over the
-    rounds of the peer's time over ours, above 1 where ours is faster.
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to give no memory back to the kernel.
+
+    Else new pages are cleared for whichever entrant happens to allocate after another has freed, at more than the time
+    of a kernel, and the order of the entrants decides the race.
     """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**25)
+
+
+def race(
+    benchmark: Any,
+    ours: Entrant | dict[str, Entrant],
+    peers: dict[str, Entrant],
+    *,
+    label: dict[str, str],
+    rounds: int = 25,
+) -> None:
+    """Runs the rounds under pytest-benchmark; its ``extra_info["rows"]`` gets a row for each of ``ours``.
+
+    A row is the label, ``backend`` (its name in ``ours``), ``ms`` (p20, p50, p80), ``MB`` and ``GB/s`` where the bytes
+    are known, and for each peer ``vs_<peer>``: the median over the rounds of the peer's time over ours, above 1 where
+    ours is faster. For the peer named ``copy`` it is ``of_copy``: our bytes a second over the copy's.
+
+    pytest-benchmark's own columns are the wall-clock time of the first of ours, with all of its calls and what prepares
+    them.
+    """
+    keep_freed_memory()
+    entrants = {"": ours} if isinstance(ours, Entrant) else ours
+    first, *others = [*entrants.values(), *peers.values()]
     warmup = 3
 
-    def setup() -> tuple[tuple[Any], dict[str, Any]]:
-        for peer in peers.values():
-            peer.timed()
-        state = ours.prepare()
-        synchronize()
-        return (state,), {}
+    def others_first() -> None:
+        for entrant in others:
+            entrant.timed()
 
-    def target(state: Any) -> None:
-        began = time.perf_counter()
-        ours.run(state)
-        synchronize()
-        ours.seconds.append(time.perf_counter() - began)
-
-    benchmark.pedantic(target, setup=setup, rounds=rounds, warmup_rounds=warmup)
-    mine = ours.seconds[warmup:]
-    quintiles = statistics.quantiles(mine, n=5)
-    benchmark.extra_info.update(label, ms=[1e3 * t for t in (quintiles[0], statistics.median(mine), quintiles[3])])
-    for name, peer in peers.items():
-        ratios = [theirs / t for theirs, t in zip(peer.seconds[warmup:], mine, strict=True)]
-        benchmark.extra_info[f"vs_{name}"] = statistics.median(ratios)
+    benchmark.pedantic(first.timed, setup=others_first, rounds=rounds, warmup_rounds=warmup)
+    rows = []
+    for name, entrant in entrants.items():
+        mine = entrant.seconds[warmup:]
+        p20, *_, p80 = statistics.quantiles(mine, n=5)
+        p50 = statistics.median(mine)
+        row: dict[str, Any] = {**label, **({"backend": name} if name else {}), "ms": [1e3 * t for t in (p20, p50, p80)]}
+        if entrant.bytes_moved:
+            row |= {"MB": entrant.bytes_moved / 1e6, "GB/s": entrant.bytes_moved / p50 / 1e9}
+        for peer_name, peer in peers.items():
+            ratio = statistics.median(theirs / t for theirs, t in zip(peer.seconds[warmup:], mine, strict=True))
+            if peer_name == "copy":
+                row["of_copy"] = ratio * entrant.bytes_moved / peer.bytes_moved
+            else:
+                row[f"vs_{peer_name}"] = ratio
+        rows.append(row)
+    benchmark.extra_info["rows"] = rows
