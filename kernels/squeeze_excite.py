@@ -76,7 +76,7 @@ def squeeze_excite(
     if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, w1, w2, b1, b2)):
         raise RuntimeError("squeeze_excite has no forward-mode derivative: use backend='eager'")
     # torch.func's transforms do not see a registered formula, and take an autograd.Function
-    call = _FunctionOfFwd.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_fwd
+    call = _SEFwdTransformed.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_fwd
     out: Tensor = call(x, w1, b1, w2, b2, act, gate, chosen)[0]
     return out
 
@@ -205,7 +205,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 8
     needs = ctx.needs_input_grad
     output_mask = [needs[0], needs[1], needs[2], needs[3], needs[4]]
-    se_bwd = _FunctionOfBwd.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_bwd
+    se_bwd = _SEBwdTransformed.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_bwd
     dx, dw1, db1, dw2, db2 = se_bwd(dout, *ctx.saved_tensors, ctx.act, ctx.gate_fn, ctx.backend, output_mask)
     if needs[2]:
         db1 = db1.to(ctx.bias_dtypes[0])
@@ -219,8 +219,45 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError("kernels::se_bwd is not differentiable: for second derivatives use backend='eager'")
 
 
-class _FunctionOfFwd(torch.autograd.Function):
-    """The same formulas once more for torch.func, which does not take registered ones; vmap runs them one by one."""
+def _below_autograd(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+class _SEFwd(torch.autograd.Function):
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs = _below_autograd(torch.ops.kernels.se_fwd, args)
+        _setup_context(ctx, args, outputs)
+        return outputs
+
+
+class _SEBwd(torch.autograd.Function):
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(torch.ops.kernels.se_bwd, args)
+
+
+def _with_autograd(op: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    # What torch.library.register_autograd does, without its machinery, which takes longer than a small block does
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            return function.apply(*args)
+        return _below_autograd(op, args)
+
+    return call
+
+
+_LIBRARY.impl("se_fwd", _with_autograd(torch.ops.kernels.se_fwd, _SEFwd), "Autograd")
+_LIBRARY.impl("se_bwd", _with_autograd(torch.ops.kernels.se_bwd, _SEBwd), "Autograd")
+
+
+class _SEFwdTransformed(torch.autograd.Function):
+    """The form that torch.func's transforms take: they do not see what is registered; vmap runs it one by one."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_context)
@@ -231,7 +268,7 @@ class _FunctionOfFwd(torch.autograd.Function):
         return torch.ops.kernels.se_fwd(*args)
 
 
-class _FunctionOfBwd(torch.autograd.Function):
+class _SEBwdTransformed(torch.autograd.Function):
     generate_vmap_rule = True
     backward = staticmethod(_no_second_derivative)
 
@@ -242,10 +279,6 @@ class _FunctionOfBwd(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         pass
-
-
-torch.library.register_autograd("kernels::se_fwd", _backward, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd("kernels::se_bwd", _no_second_derivative, lib=_LIBRARY)
 
 
 def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:
