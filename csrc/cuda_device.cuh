@@ -60,7 +60,8 @@ __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "me
 
 __device__ inline float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
-// Sixteen bytes or one element; read for the last time, or written and not read again, it should push nothing out of L2.
+// Sixteen bytes or one element. What is read for the last time, or written and not read again, should push nothing out
+// of L2.
 template <class V>
 __device__ inline V load_first(const V* from) {
   return *from;

@@ -114,8 +114,9 @@ Plan plan(const Shape& shape, const Limits& limits, std::initializer_list<View> 
   const int64_t shared = shared_bytes(shape, accesses, 0);
   if (shared > limits.shared_per_block) {
     throw std::invalid_argument("se: " + std::to_string(shape.C) + " channels with " + std::to_string(shape.R) +
-                                " squeezed ones need " + std::to_string(shared) + " bytes of shared memory, and a block of "
-                                "this GPU has " + std::to_string(limits.shared_per_block) + "; use backend='triton'");
+                                " squeezed ones need " + std::to_string(shared) +
+                                " bytes of shared memory, and a block of this GPU has " +
+                                std::to_string(limits.shared_per_block) + "; use backend='triton'");
   }
   // Small enough slices for the second read to find the first in L2, of which streams that pass take their part too.
   const int64_t resident = int64_t(kResident) * limits.multiprocessors;

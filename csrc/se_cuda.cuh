@@ -1,8 +1,8 @@
 // The kernels of se_cuda.h. Read from the bottom: `forward_kernel` and `backward_kernel` say who works on what,
 // `forward_sample` and `backward_sample` what is done, the functions above them how.
 //
-// T is the activation's type, V the elements of an access (16 bytes' worth, or 1), CL channels-last. A block has kThreads
-// threads; `team` is a ChipTeam or a GridTeam. Sums are float32, in an order that depends on the plan alone.
+// T is the activation's type, V the elements of an access (16 bytes' worth, or 1), CL channels-last. A block has
+// kThreads threads; `team` is a ChipTeam or a GridTeam. Sums are float32, in an order that depends on the plan alone.
 #pragma once
 
 #include <cstdint>
@@ -182,7 +182,8 @@ inline int64_t shared_bytes(const Shape& shape, int vector, int64_t slice_bytes)
 // Of a block on the chip: pixels are whole vectors of channels; channels come in runs whose start is 16-byte aligned.
 __host__ __device__ inline int64_t slice_bytes(const Shape& shape, int team) {
   const int64_t row = shape.channels_last ? shape.C : shape.HW();
-  const int rows = shape.channels_last ? portion(int(shape.HW()), team, 1) : portion(shape.C, team, int(shape.vector()));
+  const int rows =
+      shape.channels_last ? portion(int(shape.HW()), team, 1) : portion(shape.C, team, int(shape.vector()));
   return divide_up(row * rows * shape.element_bytes(), kVectorBytes) * int64_t(kVectorBytes);
 }
 
@@ -459,7 +460,7 @@ __device__ void write_slice(const Slice<T, V, CL, ON_CHIP>& slice, const Sample<
       }
     }
   } else if constexpr (ON_CHIP) {
-    // The sample is one run of elements, here and there; a vector may hold the end of a channel and the next one's start
+    // A sample is one run of elements, here and there; a vector may hold the end of a channel and the next one's start
     T* to = out.data + int64_t(range.first) * slice.HW;
     for (int i = threadIdx.x; i < slice.vectors(); i += kThreads) {
       int c = range.first + i * V / slice.HW;

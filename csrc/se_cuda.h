@@ -32,8 +32,8 @@ constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 constexpr int kMaxTeam = 16;  // blocks of a cluster on Hopper and Blackwell, beyond the portable 8
 
-// An activation (N, C, H, W): element (n, c, h, w) is at data[n * n_stride + c * c_stride + h * h_stride + w * w_stride].
-// `flat`: the rows follow one another, so that pixel p of HW is at p * w_stride.
+// An activation (N, C, H, W): element (n, c, h, w) is n * n_stride + c * c_stride + h * h_stride + w * w_stride
+// elements from data. `flat`: the rows follow one another, so that pixel p of HW is at p * w_stride.
 struct View {
   void* data;
   int64_t n_stride, c_stride, h_stride, w_stride;
@@ -102,7 +102,7 @@ Plan plan(const Shape& shape, const Limits& limits, std::initializer_list<View> 
 // Of the current device. Throws std::runtime_error, as the launchers do, where CUDA reports an error.
 Limits device_limits();
 
-// `board` (N * plan.team * plan.board floats, uninitialised) and `counters` (1 + N ints, zero) are used where !plan.on_chip.
+// Where !plan.on_chip, `board` has N * plan.team * plan.board floats and `counters` 1 + N ints, all zero.
 // `stream` is a cudaStream_t of the current device.
 void forward(const Forward& args, const Plan& plan, float* board, int* counters, void* stream);
 void backward(const Backward& args, const Plan& plan, float* board, int* counters, void* stream);

@@ -60,8 +60,8 @@ Shape shape_of(const Tensor& x, const Tensor& w1, const Tensor& w2, int64_t act,
   TORCH_CHECK_VALUE(x.dim() == 4 && w1.dim() == 2, "se: x must be (N, C, H, W) and w1 (R, C), got ", x.sizes(), " and ",
                     w1.sizes());
   const int64_t C = x.size(1), H = x.size(2), W = x.size(3), R = w1.size(0);
-  TORCH_CHECK_VALUE(w1.size(1) == C && w2.sizes() == at::IntArrayRef({C, R}), "se: w1 must be (R, C) and w2 (C, R), got ",
-                    w1.sizes(), " and ", w2.sizes());
+  TORCH_CHECK_VALUE(w1.size(1) == C && w2.sizes() == at::IntArrayRef({C, R}),
+                    "se: w1 must be (R, C) and w2 (C, R), got ", w1.sizes(), " and ", w2.sizes());
   TORCH_CHECK_VALUE(std::min({C, H, W, R}) > 0 && std::max({C, H * W, R}) <= std::numeric_limits<int>::max(),
                     "se: C, H * W and R must be at least 1 and below 2**31, got x ", x.sizes(), " and R = ", R);
   TORCH_CHECK_VALUE(act >= 0 && act <= 2, "se: act must be 0 (relu), 1 (silu) or 2 (gelu), got ", act);
@@ -205,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> se_cuda_bwd(const Tensor& dou
                            dhidden.mutable_data_ptr<float>()};
     backward(args, work.plan, work.board_data(), work.counters_data(), on.stream);
 
-    const auto weight_grads = [&](const Tensor& a, const Tensor& b, bool with_act, bool with_dw, bool with_db, Tensor& dw,
-                                  Tensor& db) {
+    const auto weight_grads = [&](const Tensor& a, const Tensor& b, bool with_act, bool with_dw, bool with_db,
+                                  Tensor& dw, Tensor& db) {
       if (!with_dw && !with_db) {
         return;
       }

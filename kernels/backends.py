@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
-# What "auto" takes for the tensors of a device: the first that can run. On the CPU that is what measured faster than eager
-# and torch.compile (README). On a GPU nothing has been timed yet: "triton" is first because it needs no nvcc; "cuda" moves
-# fewer bytes, and its figures from benchmarks/gpu_suite.sh are what should decide.
+# What "auto" takes for the tensors of a device: the first that can run. On the CPU that is what measured faster than
+# eager and torch.compile (README). On a GPU nothing has been timed yet: "triton" is first because it needs no nvcc;
+# "cuda" moves fewer bytes, and its figures from benchmarks/gpu_suite.sh are what should decide.
 NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 

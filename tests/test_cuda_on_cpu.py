@@ -116,7 +116,7 @@ def test_views_and_expanded_gradients_are_read_in_place(cuda, dtype):
 def test_traffic(cuda, played, forward, backward, dtype, layout):
     """On the chip every tensor is read once; in the grid x is read twice forward, and dout backward."""
     cuda.set_limits(*PLAYED[played])
-    (x, *weights), dout = make_inputs((2, 40, 24, 20, 5), dtype, "cpu", layout=layout)
+    (x, *weights), dout = make_inputs((2, 64, 24, 20, 5), dtype, "cpu", layout=layout)
     unit = x.numel() * x.element_size()
     x.requires_grad_()
     cuda.traffic()

@@ -3,7 +3,7 @@
 // Every CUDA thread is a fibre with a stack of its own; the fibres of several blocks run in turn on one CPU thread and
 // give way at barriers, at shuffles and while they wait for a counter. The order in which they run is a choice
 // (`Machine::order`), so that a missing barrier shows whichever way round the data flows. Shared memory starts as NaN,
-// is exactly as long as asked for, and is NaN again when its block has ended; a copy to it takes place when it is waited for.
+// is exactly as long as asked for, and is NaN again when its block has ended; a copy to it takes place when waited for.
 // AddressSanitizer and ThreadSanitizer are told of the fibres; to the latter only a barrier, a counter or a launch
 // orders what two of them do.
 #pragma once

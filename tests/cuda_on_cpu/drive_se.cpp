@@ -2,8 +2,8 @@
 //
 //   drive_se            every case in every order of the threads; exits with 1 where a result is wrong
 //   drive_se small      one case of each kind of team, for ThreadSanitizer
-//   drive_se barriers   the same with each barrier left out in turn; exits with 1 where that goes unnoticed. To be built
-//                       with ThreadSanitizer: not every order of the threads shows every missing barrier
+//   drive_se barriers   the same with each barrier left out in turn; exits with 1 where that goes unnoticed. To be
+//                       built with ThreadSanitizer: not every order of the threads shows every missing barrier
 //   drive_se plans      the table of docs/kernels.md: who takes SE-ResNet50's stages on which GPU
 #include <sys/wait.h>
 #include <unistd.h>

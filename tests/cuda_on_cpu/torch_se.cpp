@@ -8,7 +8,8 @@
 
 TORCH_LIBRARY_FRAGMENT(kernels_cuda_on_cpu, m) {
   // The GPU that is played, in the order of se_cuda::Limits
-  m.def("set_limits(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int l2, int cluster) -> ()",
+  m.def(
+      "set_limits(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int l2, int cluster) -> ()",
         [](int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int64_t l2,
            int64_t cluster) {
           cuda_on_cpu::machine().limits = {int(multiprocessors), shared_per_block, shared_per_multiprocessor, l2,
