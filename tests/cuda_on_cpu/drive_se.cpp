@@ -323,7 +323,7 @@ int main(int argc, char** argv) {
   } else {
     for (const size_t i : kSmall) {
       cases.push_back(kCases[i]);
-      cases.back().N = mode == "barriers" && cases.back().limits.cluster > 1 ? 1 : 2;
+      cases.back().N = mode == "barriers" ? 1 : 2;
     }
   }
   const cuda_on_cpu::Order orders[] = {cuda_on_cpu::Order::ascending, cuda_on_cpu::Order::descending,
