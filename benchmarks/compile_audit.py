@@ -1,6 +1,6 @@
 """Compiles every GPU kernel for every architecture, without a GPU, and reads what became of it.
 
-    python -m benchmarks.compile_audit [--arch 80 90 ...] [--cu DIR] [--output FILE.md] [--json FILE]
+    python -m benchmarks.compile_audit [--arch 80 90 ...] [--widest] [--cu DIR] [--output FILE.md] [--json FILE]
 
 Triton: each kernel of `kernels.se_triton` in every configuration that it can be launched in (`triton_launches`). CUDA
 C++: each kernel of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory
@@ -314,19 +314,30 @@ def nvcc_version() -> str | None:
     return found[1] if found else "of unknown version"
 
 
+def widest(launches: Sequence[Launch]) -> list[Launch]:
+    """Of each kernel's variants the first configuration with the widest accesses."""
+    chosen: dict[str, Launch] = {}
+    for launch in launches:
+        best = chosen.setdefault(launch.variant, launch)
+        if launch.constants.get("VECTOR", 1) > best.constants.get("VECTOR", 1):
+            chosen[launch.variant] = launch
+    return list(chosen.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile_audit", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS), metavar="SM")
     parser.add_argument("--cu", type=Path, default=ROOT / "csrc", metavar="DIR", help="the folder of the .cu files")
-    parser.add_argument("--sample", type=int, metavar="K", help="every K-th of Triton's configurations alone")
+    parser.add_argument("--widest", action="store_true", help="of each Triton kernel only the widest configuration")
     parser.add_argument("--output", type=Path, metavar="FILE.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every configuration, one by one")
     parser.add_argument("-j", "--jobs", type=int, default=2)
     args = parser.parse_args(argv)
 
-    rows = audit(args.arch, args.cu, args.jobs, triton_launches()[:: args.sample or 1])
+    launches = triton_launches()
+    rows = audit(args.arch, args.cu, args.jobs, widest(launches) if args.widest else launches)
     text = report(rows, args.cu)
     if args.output:
         args.output.write_text(text)

@@ -57,3 +57,11 @@ def check_parity(inputs: list[Tensor | None], dout: Tensor, backend: str, **opti
     for name in actual:
         assert_as_accurate_as_eager(f"{backend} {name}", actual[name], eager[name], exact[name])
     return actual
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """x with 2**31 elements and more from one sample to the next; only the pages that x touches are ever there."""
+    N, C, H, W = x.shape
+    assert N == 2
+    step = 2**31 + 64
+    return x.new_empty(step + C * H * W).as_strided(x.shape, (step, *x.stride()[1:])).copy_(x)

@@ -15,7 +15,7 @@ import torch
 from torch.utils import cpp_extension
 
 from kernels import backends, se_cuda, squeeze_excite
-from tests.se_cases import LAYOUTS, check_parity, make_inputs, value_and_gradients
+from tests.se_cases import LAYOUTS, check_parity, far_apart, make_inputs, value_and_gradients
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "tests" / "cuda_on_cpu"
@@ -136,6 +136,23 @@ def test_nan_and_inf_are_carried_as_eager_carries_them(cuda, value):
         torch.testing.assert_close(got[name], eager[name], equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("played", PLAYED)
+def test_strides_of_more_than_2_to_the_31_elements(cuda, played, layout):
+    cuda.set_limits(*PLAYED[played])
+    (x, *weights), dout = make_inputs((2, 64, 24, 20, 2), torch.bfloat16, "cpu", layout=layout)
+    near = value_and_gradients([x, *weights], dout, backend="cuda")
+    far = value_and_gradients([far_apart(x), *weights], far_apart(dout), backend="cuda")
+    for name, expected in near.items():
+        torch.testing.assert_close(far[name], expected, rtol=0, atol=0)
+
+
+def test_a_sample_that_spans_2_to_the_31_elements(cuda):
+    x = torch.empty(2**31 + 1, dtype=torch.bfloat16).as_strided((1, 2, 1, 1), (1, 2**31, 1, 1)).fill_(2)
+    out = squeeze_excite(x, x.new_zeros(1, 2), x.new_zeros(2, 1), backend="cuda")
+    assert out.eq(1).all()
+
+
 def test_empty_batch(cuda):
     inputs, dout = make_inputs((0, 24, 6, 5, 4), torch.float32, "cpu")
     with launches(cuda, 0):
@@ -176,11 +193,22 @@ def test_channels_beyond_shared_memory_are_refused_with_a_way_out(cuda):
         squeeze_excite(*inputs, backend="cuda")
 
 
-def build(name: str, folder: Path, *flags: str) -> Path:
-    program = folder / name
-    command = [shutil.which("c++") or "c++", "-std=c++17", *FLAGS, *flags, "-x", "c++", str(SOURCES / "drive_se.cpp")]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    return program
+def compile_program(source: Path, program: Path, *flags: str) -> None:
+    command = [shutil.which("c++") or "c++", "-std=c++17", *FLAGS, *flags, "-x", "c++", str(source), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def build(folder: Path, *sanitizer: str) -> Path:
+    """The driver under a sanitizer, where the compiler has one that this system's memory layout suits."""
+    trial = folder / "trial.cpp"
+    trial.write_text("int main() { return 0; }")
+    try:
+        compile_program(trial, folder / "trial", *sanitizer)
+        subprocess.run([folder / "trial"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"{' '.join(sanitizer)} does not work here: {getattr(error, 'stderr', error)}")
+    compile_program(SOURCES / "drive_se.cpp", folder / "drive_se", *sanitizer)
+    return folder / "drive_se"
 
 
 def run(program: Path, *args: str) -> str:
@@ -190,14 +218,14 @@ def run(program: Path, *args: str) -> str:
 
 
 def test_clean_under_address_sanitizer_and_as_documented(tmp_path):
-    program = build("address", tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     assert run(program).endswith("ok\n")
     assert run(program, "plans") in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory) -> Path:
-    return build("thread", tmp_path_factory.mktemp("thread"), "-fsanitize=thread")
+    return build(tmp_path_factory.mktemp("thread"), "-fsanitize=thread")
 
 
 def test_clean_under_thread_sanitizer(watched):

@@ -11,7 +11,7 @@ import torch
 import kernels
 from kernels import BackendUnavailable, SEBlock, se_triton, squeeze_excite
 from tests.backends import DEVICES, FUSED, MODULES, ON_GPU, watch
-from tests.se_cases import HALF_TYPES, LAYOUTS, NAMES, check_parity, make_inputs, value_and_gradients
+from tests.se_cases import HALF_TYPES, LAYOUTS, NAMES, check_parity, far_apart, make_inputs, value_and_gradients
 
 # (N, C, H, W, R): the four stages of SE-ResNet50 cut down in N and HW, and odd ones
 STAGES = {
@@ -198,14 +198,6 @@ def test_no_memory_is_read_that_was_not_written(backend, shape, layout, poisoned
     leaves = [t.detach().requires_grad_(name in ("w1", "b2")) for t, name in zip(inputs, ARGUMENTS, strict=True)]
     out = squeeze_excite(*leaves, backend=backend)
     assert not any(g.isnan().any() for g in torch.autograd.grad(out, (leaves[1], leaves[4]), dout))
-
-
-def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """x with 2**31 elements and more from one sample to the next; only the pages that x touches are ever there."""
-    N, C, H, W = x.shape
-    assert N == 2
-    step = 2**31 + 64
-    return x.new_empty(step + C * H * W).as_strided(x.shape, (step, *x.stride()[1:])).copy_(x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

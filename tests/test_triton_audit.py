@@ -37,11 +37,11 @@ def test_eager_moves_what_the_design_says():
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
-    """Some configurations of each kernel, compiled in a process of their own: here the kernels are interpreted."""
+    """The widest configuration of each kernel, compiled in a process of their own: here the kernels are interpreted."""
     folder = tmp_path_factory.mktemp("audit")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "benchmarks.compile_audit", "--arch", "90", "--sample", "16", "--cu", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.compile_audit", "--arch", "90", "--widest", "--cu", str(folder)]
     done = subprocess.run(
         [*command, "--json", str(folder / "rows.json")],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
