@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -62,8 +61,8 @@ Shape shape_of(const Tensor& x, const Tensor& w1, const Tensor& w2, int64_t act,
   const int64_t C = x.size(1), H = x.size(2), W = x.size(3), R = w1.size(0);
   TORCH_CHECK_VALUE(w1.size(1) == C && w2.sizes() == at::IntArrayRef({C, R}),
                     "se: w1 must be (R, C) and w2 (C, R), got ", w1.sizes(), " and ", w2.sizes());
-  TORCH_CHECK_VALUE(std::min({C, H, W, R}) > 0 && std::max({C, H * W, R}) <= std::numeric_limits<int>::max(),
-                    "se: C, H * W and R must be at least 1 and below 2**31, got x ", x.sizes(), " and R = ", R);
+  TORCH_CHECK_VALUE(std::min({C, H, W, R}) > 0 && std::max({C, H * W, R}) < int64_t(1) << 30,
+                    "se: C, H * W and R must be at least 1 and below 2**30, got x ", x.sizes(), " and R = ", R);
   TORCH_CHECK_VALUE(act >= 0 && act <= 2, "se: act must be 0 (relu), 1 (silu) or 2 (gelu), got ", act);
   TORCH_CHECK_VALUE(gate_fn >= 0 && gate_fn <= 1, "se: gate_fn must be 0 (sigmoid) or 1 (hardsigmoid), got ", gate_fn);
   const bool channels_last = C > 1 && x.stride(1) == 1;

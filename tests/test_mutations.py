@@ -167,6 +167,7 @@ class Memory:
     """Tensors that lie within NaN, and the addresses that kernels may touch."""
 
     def __init__(self) -> None:
+        self.tensors: list[Tensor] = []  # kept: memory that is freed is given out again, and its span would stand
         self.spans: list[tuple[int, int]] = []
 
     def place(self, like: Tensor, values: Tensor | None = None) -> Tensor:
@@ -176,6 +177,7 @@ class Memory:
         placed = whole.as_strided(like.shape, like.stride(), GUARD)
         if values is not None:
             placed.copy_(values)
+        self.tensors.append(whole)
         self.spans.append((placed.data_ptr(), placed.data_ptr() + size * like.element_size()))
         return placed
 
@@ -188,6 +190,8 @@ class Memory:
 
     @contextlib.contextmanager
     def guarding(self) -> Iterator[None]:
+        """Accesses are checked within; the tensors made within are forgotten after."""
+        before = len(self.tensors)
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
         new_empty, empty_like = Tensor.new_empty, torch.empty_like
 
@@ -205,7 +209,10 @@ class Memory:
             mock.patch.object(Tensor, "new_empty", lambda *args, **kw: self.place(new_empty(*args, **kw))),
             mock.patch.object(torch, "empty_like", lambda *args, **kw: self.place(empty_like(*args, **kw))),
         ):
-            yield
+            try:
+                yield
+            finally:
+                del self.tensors[before:], self.spans[before:]
 
 
 class Case:
