@@ -11,28 +11,17 @@ float64 x). The backward formula, with s the gate, g its function, a = act(hidde
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backends import resolve_backend
 from kernels.reference import ACTIVATIONS, GATES, squeeze_excite_reference
-
-_LIBRARY = torch.library.Library("kernels", "DEF")
-_LIBRARY.define(
-    "se_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str act, str gate_fn, str backend)"
-    " -> (Tensor out, Tensor pooled, Tensor hidden, Tensor gate)"
-)
-_LIBRARY.define(
-    "se_bwd(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate,"
-    " str act, str gate_fn, str backend, bool[5] output_mask)"
-    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)"
-)
+from kernels.registration import refuse_forward_mode, register
 
 
 def squeeze_excite(
@@ -72,17 +61,8 @@ def squeeze_excite(
     chosen = resolve_backend(backend, x.device, x.dtype)
     if chosen == "eager":
         return squeeze_excite_reference(x, w1, w2, b1, b2, act, gate)
-    # A registered operator would drop the tangents without a word
-    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in (x, w1, w2, b1, b2)):
-        raise RuntimeError("squeeze_excite has no forward-mode derivative: use backend='eager'")
-    # torch.func's transforms do not see a registered formula, and take an autograd.Function
-    call = _SEFwdTransformed.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_fwd
-    out: Tensor = call(x, w1, b1, w2, b2, act, gate, chosen)[0]
-    return out
-
-
-def _has_tangent(t: Tensor | None) -> bool:
-    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+    refuse_forward_mode("squeeze_excite", (x, w1, w2, b1, b2))
+    return _call_fwd(x, w1, b1, w2, b2, act, gate, chosen)[0]
 
 
 def _as_matrix(name: str, w: Tensor) -> Tensor:
@@ -153,12 +133,6 @@ def _se_bwd(
     return _backend_module(backend).se_bwd(*args, output_mask)
 
 
-# One implementation for every device: which one serves was decided by name before the call.
-_LIBRARY.impl("se_fwd", _se_fwd, "CompositeExplicitAutograd")
-_LIBRARY.impl("se_bwd", _se_bwd, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("kernels::se_fwd", lib=_LIBRARY)
 def _se_fwd_fake(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate_fn: str, backend: str
 ) -> tuple[Tensor, ...]:
@@ -168,7 +142,6 @@ def _se_fwd_fake(
     return torch.empty_like(x), pooled, hidden, gate
 
 
-@torch.library.register_fake("kernels::se_bwd", lib=_LIBRARY)
 def _se_bwd_fake(
     dout: Tensor,
     x: Tensor,
@@ -205,8 +178,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return (None,) * 8
     needs = ctx.needs_input_grad
     output_mask = [needs[0], needs[1], needs[2], needs[3], needs[4]]
-    se_bwd = _SEBwdTransformed.apply if torch._C._are_functorch_transforms_active() else torch.ops.kernels.se_bwd
-    dx, dw1, db1, dw2, db2 = se_bwd(dout, *ctx.saved_tensors, ctx.act, ctx.gate_fn, ctx.backend, output_mask)
+    dx, dw1, db1, dw2, db2 = _call_bwd(dout, *ctx.saved_tensors, ctx.act, ctx.gate_fn, ctx.backend, output_mask)
     if needs[2]:
         db1 = db1.to(ctx.bias_dtypes[0])
     if needs[4]:
@@ -215,85 +187,21 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return *(grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)), None, None, None
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("kernels::se_bwd is not differentiable: for second derivatives use backend='eager'")
-
-
-def _below_autograd(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-class _SEFwd(torch.autograd.Function):
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = _below_autograd(torch.ops.kernels.se_fwd, args)
-        _setup_context(ctx, args, outputs)
-        return outputs
-
-
-class _SEBwd(torch.autograd.Function):
-    backward = staticmethod(_no_second_derivative)
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(torch.ops.kernels.se_bwd, args)
-
-
-def _with_autograd(op: Callable[..., Any], function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    # What torch.library.register_autograd does, without its machinery, which takes longer than a small block does
-    def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return function.apply(*args)
-        return _below_autograd(op, args)
-
-    return call
-
-
-_LIBRARY.impl("se_fwd", _with_autograd(torch.ops.kernels.se_fwd, _SEFwd), "Autograd")
-_LIBRARY.impl("se_bwd", _with_autograd(torch.ops.kernels.se_bwd, _SEBwd), "Autograd")
-
-
-class _SEFwdTransformed(torch.autograd.Function):
-    """The form that torch.func's transforms take: they do not see what is registered; vmap runs it one by one."""
-
-    generate_vmap_rule = True
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.kernels.se_fwd(*args)
-
-
-class _SEBwdTransformed(torch.autograd.Function):
-    generate_vmap_rule = True
-    backward = staticmethod(_no_second_derivative)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return torch.ops.kernels.se_bwd(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-
-def _without_autocast(name: str, device_type: str) -> Callable[..., Any]:
-    """x and the weights enter as they are and the arithmetic stays in float32, whatever autocast would cast."""
-
-    def call(*args: Any) -> Any:
-        with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.kernels, name)(*args)
-
-    return call
-
-
-for _name in ("se_fwd", "se_bwd"):
-    _LIBRARY.impl(_name, _without_autocast(_name, "cpu"), "AutocastCPU")
-    _LIBRARY.impl(_name, _without_autocast(_name, "cuda"), "AutocastCUDA")
+_call_fwd = register(
+    "se_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str act, str gate_fn, str backend)"
+    " -> (Tensor out, Tensor pooled, Tensor hidden, Tensor gate)",
+    _se_fwd,
+    _se_fwd_fake,
+    _setup_context,
+    _backward,
+)
+_call_bwd = register(
+    "se_bwd(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate,"
+    " str act, str gate_fn, str backend, bool[5] output_mask)"
+    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    _se_bwd,
+    _se_bwd_fake,
+)
 
 
 # The two small products count as torch counts a Linear's; its counter takes no notice of sums and scalings.
