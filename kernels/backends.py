@@ -15,6 +15,8 @@ BACKENDS = ("eager", "cpu", "triton", "cuda")
 # eager and torch.compile (README). On a GPU nothing has been timed yet: "triton" is first because it needs no nvcc;
 # "cuda" moves fewer bytes, and its figures from benchmarks/gpu_suite.sh are what should decide.
 NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# A tail's statistics are taken over the batch, which no chip holds between the two passes: nothing for "cuda" to gain
+OPERATORS = {"squeeze_excite": BACKENDS, "residual_tail": ("eager", "cpu", "triton")}
 
 
 class BackendUnavailable(RuntimeError):
@@ -83,8 +85,8 @@ def _triton_status() -> str:
 
 # A constant of the machine: torch.compile asks once, while it traces
 @torch.compiler.assume_constant_result
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves a tensor of this device and dtype.
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, operator: str = "squeeze_excite") -> str:
+    """The backend whose ``operator``, of `OPERATORS`, serves a tensor of this device and dtype.
 
     ``"auto"`` takes the first of `NATIVE` that can run, else ``eager``, and says so once by a warning.
 
@@ -95,21 +97,23 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "auto":
         reasons = []
         for native in NATIVE.get(device.type, ()):
-            reason = _refusal(native, device, dtype)
+            reason = _refusal(native, device, dtype, operator)
             if reason is None:
                 return native
             reasons.append(f"{native}: {reason}")
-        _warn_eager(device.type, "; ".join(reasons) or f"no fused kernel for {device.type} tensors")
+        _warn_eager(operator, device.type, "; ".join(reasons) or f"no fused kernel for {device.type} tensors")
         return "eager"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {('auto', *BACKENDS)}")
-    reason = _refusal(backend, device, dtype)
+    reason = _refusal(backend, device, dtype, operator)
     if reason is not None:
         raise BackendUnavailable(f"backend {backend!r} cannot serve: {reason}")
     return backend
 
 
-def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _refusal(backend: str, device: torch.device, dtype: torch.dtype, operator: str) -> str | None:
+    if backend not in OPERATORS[operator]:
+        return f"it has no {operator}; use 'auto', or one of {OPERATORS[operator]}"
     status = _status()[backend]
     if status != "ok":
         return status
@@ -125,5 +129,5 @@ def _refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 @functools.cache
-def _warn_eager(device_type: str, reason: str) -> None:
-    warnings.warn(f"squeeze_excite runs eagerly on {device_type}: {reason}", RuntimeWarning, stacklevel=4)
+def _warn_eager(operator: str, device_type: str, reason: str) -> None:
+    warnings.warn(f"{operator} runs eagerly on {device_type}: {reason}", RuntimeWarning, stacklevel=4)

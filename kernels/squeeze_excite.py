@@ -56,8 +56,9 @@ def squeeze_excite(
         ValueError: a shape, dtype, device or name that does not fit; the message says which.
         BackendUnavailable: the named backend cannot serve here.
     """
-    w1, w2 = _as_matrix("w1", w1), _as_matrix("w2", w2)
-    _check(x, w1, w2, b1, b2, act, gate)
+    w1, w2 = as_matrix("w1", w1), as_matrix("w2", w2)
+    _check_input(x)
+    check_squeeze(x, w1, w2, b1, b2, act, gate)
     chosen = resolve_backend(backend, x.device, x.dtype)
     if chosen == "eager":
         return squeeze_excite_reference(x, w1, w2, b1, b2, act, gate)
@@ -65,7 +66,7 @@ def squeeze_excite(
     return _call_fwd(x, w1, b1, w2, b2, act, gate, chosen)[0]
 
 
-def _as_matrix(name: str, w: Tensor) -> Tensor:
+def as_matrix(name: str, w: Tensor) -> Tensor:
     """A 1x1 convolution's weight (O, I, 1, 1) as (O, I)."""
     if w.dim() == 4 and w.shape[2:] == (1, 1):
         return w.flatten(1)
@@ -74,27 +75,35 @@ def _as_matrix(name: str, w: Tensor) -> Tensor:
     return w
 
 
-def _check(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, act: str, gate: str) -> None:
+def _check_input(x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"x must be (N, C, H, W), but has shape {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"x must hold at least one channel and one pixel, but has shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, but is {x.dtype}")
+
+
+def check_squeeze(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, act: str, gate: str, *, name: str = "x"
+) -> None:
+    """Raises a ValueError where the two layers and their names do not fit x (N, C, H, W), called ``name``."""
     C, R = x.shape[1], w1.shape[0]
     if w1.shape[1] != C or tuple(w2.shape) != (C, R) or R == 0:
         raise ValueError(
-            f"w1 must be (R, {C}) and w2 ({C}, R) for an x of {C} channels, "
+            f"w1 must be (R, {C}) and w2 ({C}, R) for {'an' if name == 'x' else 'a'} {name} of {C} channels, "
             f"but they are {tuple(w1.shape)} and {tuple(w2.shape)}"
         )
-    for name, bias, size in (("b1", b1, R), ("b2", b2, C)):
+    for weight, bias, size in (("b1", b1, R), ("b2", b2, C)):
         if bias is not None and tuple(bias.shape) != (size,):
-            raise ValueError(f"{name} must be ({size},), but has shape {tuple(bias.shape)}")
-    for name, t in (("x", x), ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+            raise ValueError(f"{weight} must be ({size},), but has shape {tuple(bias.shape)}")
+    for weight, t in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if t is None:
             continue
         if not t.is_floating_point():
-            raise ValueError(f"{name} must be floating point, but is {t.dtype}")
+            raise ValueError(f"{weight} must be floating point, but is {t.dtype}")
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} and x on {x.device}; move them to one device")
+            raise ValueError(f"{weight} is on {t.device} and {name} on {x.device}; move them to one device")
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not one of {tuple(ACTIVATIONS)}")
     if gate not in GATES:
