@@ -27,6 +27,11 @@ SOURCES = [
     "csrc/se_baseline.cpp",
     "csrc/se_avx2.cpp",
     "csrc/se_avx512.cpp",
+    "csrc/tail_ops.cpp",
+    "csrc/tail_cpu.cpp",
+    "csrc/tail_baseline.cpp",
+    "csrc/tail_avx2.cpp",
+    "csrc/tail_avx512.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 CUDA_SOURCES = ["csrc/se_cuda.cu", "csrc/se_cuda_ops.cpp"]

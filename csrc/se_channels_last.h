@@ -1,7 +1,7 @@
 // The sweeps of se.h over channels-last blocks. A line is the C contiguous channels of one pixel.
 #pragma once
 
-#include "se_vectors.h"
+#include "vectors.h"
 
 namespace se {
 namespace {
@@ -17,14 +17,14 @@ template <class T>
 class Lines {
  public:
   Lines() = default;
-  Lines(View<const T> view, int64_t W, int64_t first)
+  Lines(View<T> view, int64_t W, int64_t first)
       : p_(view.data + first / W * view.stride_h + first % W * view.stride_w),
         stride_w_(view.stride_w),
         step_h_(view.stride_h - (W - 1) * view.stride_w),
         W_(W),
         left_(W - first % W) {}
-  const T* next() {
-    const T* line = p_;
+  T* next() {
+    T* line = p_;
     if (--left_ > 0) {
       p_ += stride_w_;
     } else {
@@ -35,7 +35,7 @@ class Lines {
   }
 
  private:
-  const T* p_;
+  T* p_;
   int64_t stride_w_, step_h_, W_, left_;
 };
 
@@ -65,10 +65,10 @@ inline void add_group(const T* const (&lines)[kViews][kGroup], int64_t C, bool f
 template <int kGroup, int kViews, class T>
 inline void add_block(const View<const T> (&views)[kViews], int64_t W, int64_t c0, int64_t C, int64_t begin,
                       int64_t groups, acc_t<T>* acc) {
-  Lines<T> walks[kViews][kGroup];
+  Lines<const T> walks[kViews][kGroup];
   for (int v = 0; v < kViews; ++v) {
     for (int g = 0; g < kGroup; ++g) {
-      walks[v][g] = Lines<T>(views[v], W, begin + g * groups);
+      walks[v][g] = Lines<const T>(views[v], W, begin + g * groups);
     }
   }
   for (int64_t group = 0; group < groups; ++group) {

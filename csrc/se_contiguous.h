@@ -1,7 +1,7 @@
 // The sweeps of se.h over contiguous blocks. A segment is W contiguous pixels of one channel.
 #pragma once
 
-#include "se_vectors.h"
+#include "vectors.h"
 
 namespace se {
 namespace {

@@ -11,8 +11,7 @@
 #include <string>
 #include <string_view>
 
-#include "se_activations.h"
-#include "se_division.h"
+#include "excitation.h"
 
 namespace se {
 
@@ -38,17 +37,12 @@ const Kernels<T>& kernels() {
   return kernels_baseline<T>();
 #endif
 }
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<c10::BFloat16>& kernels<c10::BFloat16>();
+template const Kernels<c10::Half>& kernels<c10::Half>();
 
 namespace {
-
-template <class T, class W>
-const Products<W>& products() {
-  if constexpr (std::is_same_v<W, T>) {
-    return kernels<T>().narrow_weights;
-  } else {
-    return kernels<T>().wide_weights;
-  }
-}
 
 // What the two directions share: the sweeps over tiles and the sums over a sample's pixels.
 template <class T>
@@ -150,8 +144,8 @@ class ForwardPass : Pass<T> {
     in_team(shape_, [&](const Team& team) {
       this->for_each_block([&](int64_t first, int64_t last) {
         pool(team, first, last);
-        squeeze(team, first, last);
-        excite(team, first, last);
+        squeeze(team, shape_, args_, first, last);
+        excite(team, shape_, args_, first, last);
         scale(team, first, last);
       });
     });
@@ -168,32 +162,6 @@ class ForwardPass : Pass<T> {
         [&](int64_t n, int64_t c, double total) {
           args_.pooled[n * shape_.C + c] = static_cast<A>(total / pixels);
         });
-  }
-
-  void squeeze(const Team& team, int64_t first, int64_t last) const {
-    const int64_t C = shape_.C, R = shape_.R;
-    team.share(R, kRowBlock, [&](int64_t begin, int64_t end) {
-      A* hidden = args_.hidden + first * R + begin;
-      products<T, W>().rows_dot(args_.w1 + begin * C, end - begin, C, args_.b1 ? args_.b1 + begin : nullptr,
-                                args_.pooled + first * C, C, hidden, R, last - first);
-      for (int64_t n = 0; n < last - first; ++n) {
-        activate(shape_.act, hidden + n * R, args_.active + (first + n) * R + begin, end - begin);
-      }
-    });
-    team.wait();
-  }
-
-  void excite(const Team& team, int64_t first, int64_t last) const {
-    const int64_t C = shape_.C, R = shape_.R;
-    team.share(C, kRowBlock, [&](int64_t begin, int64_t end) {
-      A* gate = args_.gate + first * C + begin;
-      products<T, W>().rows_dot(args_.w2 + begin * R, end - begin, R, args_.b2 ? args_.b2 + begin : nullptr,
-                                args_.active + first * R, R, gate, C, last - first);
-      for (int64_t n = 0; n < last - first; ++n) {
-        open_gate<T>(shape_.gate_fn, gate + n * C, end - begin);
-      }
-    });
-    team.wait();
   }
 
   void scale(const Team& team, int64_t first, int64_t last) const {
@@ -221,14 +189,14 @@ class BackwardPass : Pass<T> {
       this->for_each_block([&](int64_t first, int64_t last) {
         gate_gradient(team, first, last);
         if (args_.dh) {
-          through_w2(team, first, last);
+          through_w2(team, shape_, args_, first, last);
         }
         if (args_.dx.data) {
-          through_w1(team, first, last);
+          through_w1(team, shape_, args_, first, last);
           input_gradient(team, first, last);
         }
       });
-      weight_gradients(team);
+      weight_gradients(team, shape_, args_);
     });
   }
 
@@ -252,73 +220,12 @@ class BackwardPass : Pass<T> {
         });
   }
 
-  // dh
-  void through_w2(const Team& team, int64_t first, int64_t last) const {
-    const int64_t C = shape_.C, R = shape_.R;
-    team.share(R, kColumnBlock, [&](int64_t begin, int64_t end) {
-      const int64_t offset = first * R + begin;
-      products<T, W>().cols_dot(args_.w2 + begin, R, C, end - begin, args_.dz + first * C, C, args_.dh + offset, R,
-                                last - first);
-      for (int64_t n = 0; n < last - first; ++n) {
-        activate_grad(shape_.act, args_.hidden + offset + n * R, args_.dh + offset + n * R, end - begin);
-      }
-    });
-    team.wait();
-  }
-
-  // q
-  void through_w1(const Team& team, int64_t first, int64_t last) const {
-    const int64_t C = shape_.C, R = shape_.R;
-    const A pixels = static_cast<A>(shape_.H * shape_.W);
-    team.share(C, kColumnBlock, [&](int64_t begin, int64_t end) {
-      A* q = args_.q + first * C + begin;
-      products<T, W>().cols_dot(args_.w1 + begin, C, R, end - begin, args_.dh + first * R, R, q, C, last - first);
-      for (int64_t n = 0; n < last - first; ++n) {
-        for (int64_t c = 0; c < end - begin; ++c) {
-          q[n * C + c] /= pixels;
-        }
-      }
-    });
-    team.wait();
-  }
-
   void input_gradient(const Team& team, int64_t first, int64_t last) const {
     this->map_pixels(team, first, last, [&](int64_t n, int64_t tile) {
       const int64_t offset = n * shape_.C + tiling_.first_channel(tile);
       const View<T> dx = tiling_.view(args_.dx, n, tile);
       sweeps_.grad(tiling_.view(args_.dout, n, tile), args_.gate + offset, args_.q + offset, dx, tiling_.at(tile),
                    this->past_cache(dx));
-    });
-  }
-
-  void weight_gradients(const Team& team) const {
-    const int64_t N = shape_.N, C = shape_.C, R = shape_.R;
-    if (args_.dw1) {
-      team.share(R, kRowBlock, [&](int64_t begin, int64_t end) {
-        products<T, W>().outer(args_.dh + begin, R, args_.pooled, C, N, args_.dw1 + begin * C, end - begin, C);
-      });
-    }
-    if (args_.dw2) {
-      team.share(C, kRowBlock, [&](int64_t begin, int64_t end) {
-        products<T, W>().outer(args_.dz + begin, C, args_.active, R, N, args_.dw2 + begin * R, end - begin, R);
-      });
-    }
-    sum_samples(team, args_.dh, R, args_.db1);
-    sum_samples(team, args_.dz, C, args_.db2);
-  }
-
-  void sum_samples(const Team& team, const A* rows, int64_t columns, W* sum) const {
-    if (!sum) {
-      return;
-    }
-    team.share(columns, kColumnBlock, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double total = 0;
-        for (int64_t n = 0; n < shape_.N; ++n) {
-          total += rows[n * columns + i];
-        }
-        sum[i] = static_cast<W>(static_cast<A>(total));
-      }
     });
   }
 

@@ -1,7 +1,7 @@
 // The small products of se.h: several rows and samples at a time, so that what is loaded is used several times.
 #pragma once
 
-#include "se_vectors.h"
+#include "vectors.h"
 
 namespace se {
 namespace {

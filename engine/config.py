@@ -47,7 +47,12 @@ class Config:
     pretrained_path: str | None = _flag(
         None, "start from a weight file of torchvision or timm (.pth, .safetensors)", type=str
     )
-    fused_se: bool = _flag(False, "use the fused SE operator; the checkpoint is the same either way", switch=True)
+    fused_se: bool = _flag(False, "use the fused operators; the checkpoint is the same either way", switch=True)
+    fused_scope: str = _flag(
+        "tail",
+        "what --fused-se fuses: tail, BatchNorm with the SE, addition and ReLU behind it; block, the SE modules alone",
+        choices=("block", "tail"),
+    )
     channels_last: bool = _flag(True, "keep activations channels-last", switch=True)
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
@@ -148,11 +153,19 @@ def parse_args(argv: list[str] | None) -> tuple[Config, str | None]:
     if recipe is None and not given.get("data_dir") and not given.get("csv"):
         recipe = "digits"
     values = read_recipe(recipe) if recipe else {}
-    return Config.from_mapping(values | given, "the command line"), None
+    config = Config.from_mapping(values | given, "the command line")
+    require_fused(config, given.get("fused_scope"))
+    return config, None
+
+
+def require_fused(config: Config, scope: str | None) -> None:
+    """Raises UserError where a command line names a ``--fused-scope`` and nothing is to be fused."""
+    if scope is not None and not config.fused_se:
+        raise UserError(f"--fused-scope {scope} does nothing without --fused-se; add --fused-se or leave it out")
 
 
 # What may differ when a run goes on: where it runs, not what it computes.
-_MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se")
+_MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se", "fused_scope")
 
 
 def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
@@ -171,6 +184,7 @@ def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
                 f"{_spelled(name)} {new} does not go with --resume (the run has {old}); "
                 f"start a new run with --recipe {args_file} {_spelled(name)} {new}"
             )
+    require_fused(after, given.get("fused_scope"))
     return after
 
 

@@ -14,14 +14,14 @@ from torch import nn
 
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.cli import run
-from engine.config import ArgumentParser, Config
+from engine.config import ArgumentParser, Config, require_fused
 from engine.data import DaliLoader, Samples, Splits, drop_bad_samples, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
+from engine.fusion import fuse
 from engine.metrics import ClassificationMetrics, format_report
 from engine.models import create_model
 from engine.run import RunDirectory
-from kernels import fuse_se
 
 
 def main(argv: list[str] | None) -> None:
@@ -42,17 +42,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = Config.from_mapping(checkpoint["args"], str(path))
     changes = {
         name: getattr(args, name)
-        for name in ("batch_size", "workers", "max_bad_fraction")
+        for name in ("batch_size", "workers", "max_bad_fraction", "fused_scope")
         if getattr(args, name) is not None
     }
     config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
+    require_fused(config, args.fused_scope)
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
     model = create_model(config.model, num_classes=len(class_names))
     model.load_state_dict(checkpoint["model"])
     if config.fused_se:
-        fuse_se(model)
+        print(fuse(model, config))
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     precision = Precision(device, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, device, precision)
@@ -153,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-b", "--batch-size", type=int, help="images a step")
     parser.add_argument("-j", "--workers", type=int, help="threads that read and decode images")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; cuda where there is one")
-    parser.add_argument("--fused-se", action="store_true", help="use the fused SE operator")
+    parser.add_argument("--fused-se", action="store_true", help="use the fused operators; as the run did without it")
+    parser.add_argument("--fused-scope", choices=("block", "tail"), help="what is fused; as in the run without it")
     return parser
 
 

@@ -21,11 +21,11 @@ from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampl
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.evaluate import make_eval_loader, open_data, score
+from engine.fusion import fuse
 from engine.metrics import check_metric_name, format_report, metric_is_better
 from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
-from kernels import fuse_se
 
 
 @dataclasses.dataclass
@@ -169,7 +169,7 @@ def _build(
     if starts_fresh and (config.pretrained or config.pretrained_path):
         print(load_pretrained(model, config.model, config.pretrained_path))
     if config.fused_se:
-        print(f"{fuse_se(model)} SE modules fused")
+        print(fuse(model, config))
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     loader = DaliLoader(
         splits.train,

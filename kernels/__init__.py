@@ -1,18 +1,28 @@
-"""Fused Squeeze-and-Excitation for PyTorch: forward and backward, channels-last and NCHW, half precision."""
+"""Fused Squeeze-and-Excitation and residual tails for PyTorch, forward and backward, channels-last and NCHW."""
 
 from kernels.backends import BackendUnavailable, available_backends
 from kernels.modules import FusedSE, FusedSEBlock, fuse_se, se_modules, unfuse_se
 from kernels.reference import SEBlock
+from kernels.residual_tail import SE, Norm, residual_tail
 from kernels.squeeze_excite import squeeze_excite
+from kernels.tail_swaps import fuse_tails, tail_modules, unfuse_tails
+from kernels.tails import FusedTail
 
 __all__ = [
+    "SE",
     "BackendUnavailable",
     "FusedSE",
     "FusedSEBlock",
+    "FusedTail",
+    "Norm",
     "SEBlock",
     "available_backends",
     "fuse_se",
+    "fuse_tails",
+    "residual_tail",
     "se_modules",
     "squeeze_excite",
+    "tail_modules",
     "unfuse_se",
+    "unfuse_tails",
 ]

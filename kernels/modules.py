@@ -7,22 +7,21 @@ the state dict its keys, and an optimizer made before the swap goes on working.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from kernels.backends import BACKENDS
-from kernels.recognition import Finding, Plan, find_se
+from kernels.recognition import Plan, attachment, find_se
 from kernels.reference import ACTIVATIONS, GATES, SEBlock, squeezed_channels
 from kernels.squeeze_excite import squeeze_excite
+from kernels.swapping import Fused, check_backend, report, swap
 
 _ACTIVATION_MODULES = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 _GATE_MODULES = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
-_NAMED = 4  # modules that the warning names for each reason
 
 
-class FusedSE(nn.Module):
+class FusedSE(Fused):
     """Stands in for an eager SE module: its children under their own names, the fused operator as its forward.
 
     Shape: x (N, C, H, W) -> (N, C, H, W). Raises what `squeeze_excite` raises.
@@ -39,7 +38,7 @@ class FusedSE(nn.Module):
         self.training = original.training
 
     def forward(self, x: Tensor) -> Tensor:
-        reduce, expand = self._layer(self._plan.reduce), self._layer(self._plan.expand)
+        reduce, expand = layer(self, self._plan.reduce), layer(self, self._plan.expand)
         return squeeze_excite(
             x,
             reduce.weight,
@@ -51,12 +50,8 @@ class FusedSE(nn.Module):
             backend=self.backend,
         )
 
-    def _layer(self, path: str) -> Any:
-        """The Linear or Conv2d of that name; get_submodule would say as much, at five times the cost."""
-        module: Any = self
-        for name in path.split("."):
-            module = module._modules[name]
-        return module
+    def served_se(self) -> nn.Module:
+        return self
 
     def unfused(self) -> nn.Module:
         """The eager module, with the same parameters."""
@@ -116,6 +111,24 @@ class FusedSEBlock(FusedSE):
         super().__init__(block, Plan("fc.0", "fc.2", act, gate), backend)
 
 
+def layer(module: Any, path: str) -> Any:
+    """The Linear or Conv2d of that name; get_submodule would say as much, at five times the cost."""
+    for name in path.split("."):
+        module = module._modules[name]
+    return module
+
+
+def se_plan(se: nn.Module) -> tuple[Plan | None, str]:
+    """Where an SE module, eager or fused, keeps its parts; or None and the reason why the operator cannot serve it."""
+    if isinstance(se, FusedSE):
+        reason = attachment(se)
+        return (se._plan, "ok") if reason is None else (None, reason)
+    for finding in find_se(se, Fused):
+        if finding.module is se:
+            return finding.plan, finding.reason
+    return None, f"no Squeeze-and-Excitation, but a {type(se).__name__}"
+
+
 def fuse_se(model: nn.Module, *, backend: str = "auto") -> int:
     """Swaps every SE module inside ``model`` for a fused one, in place, and returns how many.
 
@@ -135,19 +148,20 @@ def fuse_se(model: nn.Module, *, backend: str = "auto") -> int:
     Raises:
         ValueError: an unknown backend, or ``model`` is itself an SE module, which has no place to be swapped at.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend={backend!r} is not one of {('auto', *BACKENDS)}")
-    findings = find_se(model, FusedSE)
+    check_backend(backend)
+    findings = find_se(model, Fused)
     swaps: dict[nn.Module, nn.Module] = {f.module: FusedSE(f.module, f.plan, backend) for f in findings if f.plan}
     if model in swaps:
         raise ValueError(
             f"model is itself an SE module ({type(model).__name__}) and cannot be swapped in place: "
             "put it into nn.Sequential(model) and fuse that, or build a FusedSEBlock"
         )
-    _swap(model, swaps)
+    swap(model, swaps)
     left = [f for f in findings if f.plan is None]
     if left:
-        warnings.warn(_report(left, len(findings)), stacklevel=2)
+        counts = f"{len(left)} of {len(findings)}"
+        title = f"fuse_se left {counts} SE modules as they are (kernels.se_modules lists them all):"
+        warnings.warn(report(title, left), stacklevel=2)
     return len(swaps)
 
 
@@ -162,34 +176,12 @@ def unfuse_se(model: nn.Module) -> int:
     swaps: dict[nn.Module, nn.Module] = {
         module: module.unfused() for module in model.modules() if isinstance(module, FusedSE)
     }
-    _swap(model, swaps)
+    swap(model, swaps)
     return len(swaps)
 
 
 def se_modules(model: nn.Module) -> dict[str, str]:
     """Maps each SE module's qualified name to ``"fused"``, ``"ok"`` (`fuse_se` would swap it) or the reason why not."""
-    fused = {name: "fused" for name, module in model.named_modules() if isinstance(module, FusedSE)}
-    return fused | {finding.name: finding.reason for finding in find_se(model, FusedSE)}
-
-
-def _swap(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    # _modules, and not named_children(), which passes over a second name of the same module
-    places = [
-        (parent, name, swaps[child])
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and child in swaps
-    ]
-    for parent, name, module in places:
-        setattr(parent, name, module)
-
-
-def _report(left: list[Finding], total: int) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for finding in left:
-        by_reason.setdefault(finding.reason, []).append(finding.name or "the model itself")
-    lines = [f"fuse_se left {len(left)} of {total} SE modules as they are (kernels.se_modules lists them all):"]
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        lines.append(f"  {', '.join(names[:_NAMED])}{more}: {reason}")
-    return "\n".join(lines)
+    served = {module.served_se() for module in model.modules() if isinstance(module, Fused)}
+    fused = {name: "fused" for name, module in model.named_modules() if module in served}
+    return fused | {finding.name: finding.reason for finding in find_se(model, Fused)}

@@ -132,7 +132,7 @@ def _run(module: nn.Module, C: int, training: bool, dtype: torch.dtype, device: 
         return torch.randn(shape, generator=generator if device == "cpu" else None, dtype=dtype, device=device)
 
     try:
-        copy = _copy(module, draw, training)
+        copy = drawn_copy(module, draw, training)
         # the channels' means differ widely, so that both ends of act and gate are reached
         x = draw(_SAMPLES, C, 2, 3) + 2 * draw(_SAMPLES, C, 1, 1)
         with torch.no_grad(), torch.random.fork_rng(devices=()):
@@ -143,8 +143,8 @@ def _run(module: nn.Module, C: int, training: bool, dtype: torch.dtype, device: 
     return _Probe(copy, x, out) if scales_or_gates else None
 
 
-def _copy(module: nn.Module, draw: Callable[..., Tensor], training: bool) -> nn.Module:
-    """``module`` and all inside without hooks, with drawn parameters, and buffers of ones."""
+def drawn_copy(module: nn.Module, draw: Callable[..., Tensor], training: bool) -> nn.Module:
+    """``module`` and all inside without hooks, with parameters that ``draw(*shape)`` gives, and buffers of ones."""
     one = draw()
 
     def weight(like: Tensor | None) -> Tensor | None:
@@ -172,7 +172,7 @@ def _copy(module: nn.Module, draw: Callable[..., Tensor], training: bool) -> nn.
     state["_parameters"] = {name: weight(p) for name, p in module._parameters.items()}
     state["_buffers"] = {name: buffer(b) for name, b in module._buffers.items()}
     state["_modules"] = {
-        name: None if child is None else _copy(child, draw, training) for name, child in module._modules.items()
+        name: None if child is None else drawn_copy(child, draw, training) for name, child in module._modules.items()
     }
     return copy
 
@@ -207,13 +207,9 @@ def _plan(module: nn.Module, layers: tuple[tuple[str, Any], ...], probe: _Probe)
 
 def _obstacle(module: nn.Module, layers: tuple[tuple[str, Any], ...]) -> str | None:
     """What of a module the operator would pass over, told by its structure."""
-    for name, inner in module.named_modules():
-        if is_parametrized(inner):
-            return f"{name} is parametrized"
-        if any(hooks for attribute, hooks in vars(inner).items() if attribute.endswith("_hooks")):
-            return f"hooks on {name}" if name else "hooks on it"
-        if "forward" in vars(inner):
-            return f"the forward of {name or 'the module'} is replaced"
+    attached = attachment(module)
+    if attached is not None:
+        return attached
     if len(layers) == 1:
         return "it has one layer C -> C, and the operator two"
     for name, layer in layers:
@@ -226,6 +222,18 @@ def _obstacle(module: nn.Module, layers: tuple[tuple[str, Any], ...]) -> str | N
             return f"{name} is a {type(unit).__name__}, which the operator does not have"
     if len(inspect.signature(module.forward).parameters) != 1:
         return "its forward takes more than x"
+    return None
+
+
+def attachment(module: nn.Module) -> str | None:
+    """What is attached to a module or inside it that runs with it, and would not where another does its work."""
+    for name, inner in module.named_modules():
+        if is_parametrized(inner):
+            return f"{name or 'it'} is parametrized"
+        if any(hooks for attribute, hooks in vars(inner).items() if attribute.endswith("_hooks")):
+            return f"hooks on {name or 'it'}"
+        if "forward" in vars(inner):
+            return f"the forward of {name or 'the module'} is replaced"
     return None
 
 
@@ -250,7 +258,7 @@ def _is_known(unit: nn.Module) -> bool:
     probe = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=()):
-            got = _copy(unit, lambda *shape: torch.ones(shape, dtype=torch.float64), True)(probe.clone())
+            got = drawn_copy(unit, lambda *shape: torch.ones(shape, dtype=torch.float64), True)(probe.clone())
     except Exception:  # a pooling or a reshaping takes no vector; what it does shows when the whole module runs
         return True
     if not isinstance(got, Tensor) or got.shape != probe.shape:

@@ -47,7 +47,15 @@ from kernels.backends import resolve_backend
 from kernels.reference import squeeze_excite_reference
 from kernels.registration import refuse_forward_mode, register
 from kernels.squeeze_excite import as_matrix, check_squeeze
-from kernels.statistics import MEAN, ROWS, UNBIASED_VAR, merge_over_ranks
+from kernels.statistics import (
+    MEAN,
+    ROWS,
+    UNBIASED_VAR,
+    batch_statistics,
+    merge_over_ranks,
+    running_statistics,
+    sum_over_ranks,
+)
 
 TAIL_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "identity": lambda x: x}
 
@@ -153,10 +161,11 @@ def residual_tail(
         se = se._replace(w1=as_matrix("w1", se.w1), w2=as_matrix("w2", se.w2))
     _check(y, norm, se, residual, residual_norm, act)
     chosen = resolve_backend(backend, y.device, y.dtype, operator="residual_tail")
-    if chosen == "eager" or y.shape[0] == 0:
+    second = Norm(None, None) if residual_norm is None else residual_norm
+    # A rank with an empty batch takes part in what the ranks exchange, as the others do
+    if chosen == "eager" or (y.shape[0] == 0 and not norm.group and not second.group):
         return residual_tail_reference(y, norm, se, residual, residual_norm, act)
     w1, w2, b1, b2, se_act, gate_fn = se or (None, None, None, None, "relu", "sigmoid")
-    second = Norm(None, None) if residual_norm is None else residual_norm
     tensors = (y, residual, norm.weight, norm.bias, w1, b1, w2, b2, second.weight, second.bias)
     refuse_forward_mode("residual_tail", tensors)
     given = (*_given(norm), *(_given(second) if residual_norm else (None, None)))
@@ -172,7 +181,6 @@ def _given(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if norm.training else (norm.running_mean, norm.running_var)
 
 
-@torch.no_grad()
 def _update(norm: Norm, stats: Tensor) -> None:
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
         for running, row in ((norm.running_mean, MEAN), (norm.running_var, UNBIASED_VAR)):
@@ -243,16 +251,16 @@ def _batch_norm(x: Tensor, norm: Norm) -> Tensor:
 
 def _sync_batch_norm(x: Tensor, norm: Norm) -> Tensor:
     """torch.nn.SyncBatchNorm, also on the CPU, for which PyTorch has none; the gradient crosses the ranks as well."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    values = x.to(wide).transpose(0, 1).flatten(1)
-    mean = values.mean(1)
-    m2 = (values - mean[:, None]).square().sum(1)
-    mean, m2, count = merge_over_ranks(mean, m2, values.shape[1], norm.group)
+    values = x.double().transpose(0, 1).flatten(1)
+    own_mean = values.sum(1) / max(values.shape[1], 1)  # a rank may have an empty batch
+    own_m2 = (values - own_mean[:, None]).square().sum(1)
+    mean, m2, count = merge_over_ranks(own_mean, own_m2, values.shape[1], norm.group)
     _update(norm, torch.stack((mean, mean, mean, mean, m2 / (count - 1))).detach())
-    out = F.batch_norm(x.to(wide), mean, m2 / count, None, None, False, 0.0, norm.eps)
+    # not F.batch_norm, which has no derivative in the statistics that it is given
+    out = (x.double() - mean[:, None, None]) * (m2 / count + norm.eps).rsqrt()[:, None, None]
     for parameter, apply in ((norm.weight, torch.mul), (norm.bias, torch.add)):
         if parameter is not None:
-            out = apply(out, parameter.to(wide)[:, None, None])
+            out = apply(out, parameter.double()[:, None, None])
     return out.to(x.dtype)
 
 
@@ -309,12 +317,36 @@ def _fwd(
     norm = FixedNorm(weight, bias, mean, var, eps, group)
     second = FixedNorm(weight2, bias2, mean2, var2, eps2, group2) if residual_norm else None
     se = None if w1 is None or w2 is None else SE(w1, w2, b1, b2, se_act, gate_fn)
+    if y.shape[0] == 0:
+        return _empty_fwd(y, norm, se, residual, second, act)
     outputs: tuple[Tensor, ...] = backend_module(backend).tail_fwd(y, norm, se, residual, second, act)
     return outputs
 
 
+def _empty_fwd(
+    y: Tensor, norm: FixedNorm, se: SE | None, residual: Tensor | None, second: FixedNorm | None, act: str
+) -> tuple[Tensor, ...]:
+    """What a backend returns, of an empty batch: the statistics are the other ranks'."""
+    out, mask, stats, stats2, *rest = _outputs(y, residual, None if se is None else se.w1, second is not None, act)
+    zeros = torch.zeros_like(stats[0])
+    for rows, given in ((stats, norm), (stats2, second)):
+        if given is None:
+            continue
+        if given.mean is not None and given.var is not None:
+            rows.copy_(running_statistics(given.mean, given.var, given.weight, given.bias, given.eps))
+        elif given.group:
+            mean, m2, count = merge_over_ranks(zeros, zeros, 0, given.group)
+            rows.copy_(batch_statistics(mean, m2, count, given.weight, given.bias, given.eps))
+    return out, mask, stats, stats2, *rest
+
+
 def _fwd_fake(y: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    w1, act, residual_norm = args[2], args[17], args[14]
+    return _outputs(y, residual, args[2], args[14], args[17])
+
+
+def _outputs(
+    y: Tensor, residual: Tensor | None, w1: Tensor | None, residual_norm: bool, act: str
+) -> tuple[Tensor, ...]:
     (N, C), R = y.shape[:2], 0 if w1 is None else w1.shape[0]
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     out = torch.empty_like(y, memory_format=memory_format(y))
@@ -348,10 +380,20 @@ def _bwd(
     backend: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
+    if y.shape[0] == 0:
+        _exchange_nothing(stats, (training, group, output_mask[0]), (training2, group2, output_mask[1]))
+        return tuple(map(torch.zeros_like, _bwd_fake(dout, y, residual, w1, w2, mask, stats, output_mask)))
     saved = Saved(y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate)
     how = How(with_residual, training, training2, group, group2, act, se_act, gate_fn)
     gradients: tuple[Tensor, ...] = backend_module(backend).tail_bwd(dout, saved, how, list(output_mask))
     return gradients
+
+
+def _exchange_nothing(stats: Tensor, *norms: tuple[bool, str, bool]) -> None:
+    """The part of a rank with an empty batch in the sums of `kernels.statistics.sum_over_ranks`."""
+    for training, group, wanted in norms:
+        if training and group and wanted:
+            sum_over_ranks(stats.new_zeros((2, stats.shape[1])), 0, group)
 
 
 def _bwd_fake(

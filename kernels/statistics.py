@@ -41,12 +41,12 @@ def _rows(
 
 
 def merge_over_ranks(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's mean (C,), m2 (C,) and count -> those of all ranks' values together; count is then a 0-d tensor.
+    """This rank's mean (C,), m2 (C,) and count -> those of all ranks' values together, in float64; count is then 0-d.
 
-    ``group`` is a process group's name. Ranks may hold different numbers of values, also none.
+    ``group`` is a process group's name. Ranks may hold different numbers of values, also none. Differentiable.
     """
     C = mean.shape[0]
-    mine = torch.cat((mean, m2, mean.new_tensor([count])))
+    mine = torch.cat((mean.double(), m2.double(), mean.new_tensor([count], dtype=torch.float64)))
     world_size = _resolve_process_group(group).size()  # type: ignore[arg-type]  # any str, before torch 2.12
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(mine, world_size, group)
     ranks = torch.ops._c10d_functional.wait_tensor(gathered).view(-1, 2 * C + 1)
@@ -58,7 +58,7 @@ def merge_over_ranks(mean: Tensor, m2: Tensor, count: int, group: str) -> tuple[
 
 
 def sum_over_ranks(sums: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
-    """sums of any shape, and the count, added over the ranks of the group."""
-    mine = torch.cat((sums.flatten(), sums.new_tensor([count])))
+    """sums of any shape, in their dtype, and the count, added over the ranks of the group in float64."""
+    mine = torch.cat((sums.flatten().double(), sums.new_tensor([count], dtype=torch.float64)))
     reduced = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(mine, "sum", group))
-    return reduced[:-1].view_as(sums), reduced[-1]
+    return reduced[:-1].view_as(sums).to(sums.dtype), reduced[-1]

@@ -33,9 +33,9 @@ def assert_as_accurate_as_eager(name: str, actual: Tensor, eager: Tensor, exact:
 def assert_network_as_accurate_as_eager(
     actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> None:
-    """The rule for tensors that a whole network made, taken as one vector: its error's norm is at most twice eager's.
+    """The rule for what a long chain of steps made, taken as one vector: its error's norm is at most twice eager's.
 
-    For one gradient among hundreds the ratio of the two errors is chance: both are the rounding of every layer behind
+    For one small gradient among many the ratio of the two errors is chance: both are the rounding of every step behind
     it, magnified by each BatchNorm.
     """
     assert actual.keys() == eager.keys() == exact.keys()

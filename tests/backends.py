@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import available_backends, se_cpu, se_cuda, se_triton
+from kernels import available_backends, se_cpu, se_cuda, se_triton, tail_cpu, tail_triton
 
 MODULES = {"cpu": se_cpu, "triton": se_triton, "cuda": se_cuda}
+TAIL_MODULES = {"cpu": tail_cpu, "triton": tail_triton}
 # Triton's kernels run on the GPU where there is one, else in the interpreter on the CPU
 DEVICES = {"cpu": "cpu", "triton": "cpu" if se_triton.INTERPRETED else "cuda", "cuda": "cuda"}
 
@@ -19,16 +20,18 @@ def _on_gpu(backend: str) -> object:
 
 ON_GPU = (_on_gpu("triton"), _on_gpu("cuda"))
 FUSED = ("cpu", *(ON_GPU if torch.cuda.is_available() else ("triton",)))
+TAILED = FUSED[:2] if torch.cuda.is_available() else FUSED  # the "cuda" backend has no tail
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that gains "se_fwd:cpu", "se_bwd:cpu" and so on, whenever a backend does work."""
+    """A list that gains "se_fwd:cpu", "tail_bwd:triton" and so on, whenever a backend does work."""
     seen: list[str] = []
 
     def spy(call, entry: str):
         return lambda *args: seen.append(entry) or call(*args)
 
-    for backend, module in MODULES.items():
-        for stem in ("se_fwd", "se_bwd"):
-            monkeypatch.setattr(module, stem, spy(getattr(module, stem), f"{stem}:{backend}"))
+    for modules, stems in ((MODULES, ("se_fwd", "se_bwd")), (TAIL_MODULES, ("tail_fwd", "tail_bwd"))):
+        for backend, module in modules.items():
+            for stem in stems:
+                monkeypatch.setattr(module, stem, spy(getattr(module, stem), f"{stem}:{backend}"))
     return seen

@@ -26,10 +26,9 @@ def tail_fwd(
     y: Tensor, norm: FixedNorm, se: SE | None, residual: Tensor | None, residual_norm: FixedNorm | None, act: str
 ) -> tuple[Tensor, ...]:
     wide = torch.promote_types(y.dtype, torch.float32)
-    empty = y.new_empty(0, dtype=wide)
     stats = _statistics(y.to(wide), norm)
     out = _affine(y.to(wide), stats)
-    deviation = pooled = hidden = gate = empty
+    deviation, pooled, hidden, gate, stats2 = (y.new_empty(0, dtype=wide) for _ in range(5))
     if se is not None:
         deviation = (y.to(wide) - _channel(stats[MEAN])).mean((2, 3))
         pooled = stats[SCALE] * deviation + stats[SHIFT]
@@ -37,7 +36,6 @@ def tail_fwd(
         z = ACTIVATIONS[se.act](hidden) @ se.w2.to(wide).T + (0 if se.b2 is None else se.b2.to(wide))
         gate = GATES[se.gate](z)
         out = out * gate[:, :, None, None]
-    stats2 = empty
     if residual is not None:
         shortcut = residual.to(wide)
         if residual_norm is not None:
@@ -47,7 +45,7 @@ def tail_fwd(
     mask = y.new_empty(0, dtype=torch.uint8)
     if act == "relu":
         if residual is not None:
-            mask = pack(out > 0, y)
+            mask = pack(~(out.to(y.dtype) <= 0), y)  # a NaN passes the gradient, as in torch's relu
         out = torch.where(out < 0, 0, out)
     elif act == "silu":
         out = torch.nn.functional.silu(out)
@@ -62,26 +60,23 @@ def tail_bwd(dout: Tensor, saved: Saved, how: How, output_mask: list[bool]) -> t
     empty = y.new_empty(0, dtype=wide)
     d, centred = dout.to(wide), y.to(wide) - _channel(stats[MEAN])
     s = gate if gate.numel() else torch.ones(N, C, dtype=wide, device=y.device)
-    if how.act != "identity":
-        before = (centred * _channel(stats[SCALE]) + _channel(stats[SHIFT])) * s[:, :, None, None]
-        if how.act == "relu" and how.with_residual:
-            passed = unpack(mask, y)
-        elif how.act == "relu":
-            passed = before.to(y.dtype) > 0
-        else:
-            if residual is not None:
-                before = before + (_affine(residual.to(wide), stats2) if stats2.numel() else residual.to(wide))
-            passed = _slope(before, "silu")
-        d = d * passed if how.act == "silu" else torch.where(passed, d, 0)
+    before = (centred * _channel(stats[SCALE]) + _channel(stats[SHIFT])) * s[:, :, None, None]
+    if how.act == "relu":
+        passed = unpack(mask, y) if how.with_residual else ~(before.to(y.dtype) <= 0)
+        d = torch.where(passed, d, 0)
+    elif how.act == "silu":
+        if residual is not None:
+            before = before + (_affine(residual.to(wide), stats2) if stats2.numel() else residual.to(wide))
+        d = _through(d, before, "silu")
 
     T, U = d.sum((2, 3)), (d * centred).sum((2, 3))
     dw1, db1, dw2, db2 = [empty] * 4
     q = torch.zeros_like(T)
     if w1 is not None and w2 is not None:
         ds = stats[SCALE] * U + stats[SHIFT] * T
-        dz = ds * _gate_slope(gate, how.gate_fn)
+        dz = _through_gate(ds, gate, how.gate_fn)
         da, active = dz @ w2.to(wide), ACTIVATIONS[how.se_act](hidden)
-        dhidden = da * _slope(hidden, how.se_act)
+        dhidden = _through(da, hidden, how.se_act)
         dw2, db2, dw1, db1 = dz.T @ active, dz.sum(0), dhidden.T @ pooled, dhidden.sum(0)
         q = dhidden @ w1.to(wide) / (H * W)
     x_sum = deviation * (H * W) if deviation.numel() else 0.0
@@ -139,17 +134,20 @@ def _through_statistics(centred: Tensor, stats: Tensor, dweight: Tensor, dbias: 
     return _channel(stats[SCALE]) * (_channel(stats[INVSTD] * dweight) * centred + _channel(dbias))
 
 
-def _gate_slope(gate: Tensor, gate_fn: str) -> Tensor:
-    return gate * (1 - gate) if gate_fn == "sigmoid" else ((gate > 0) & (gate < 1)) / 6.0
+def _through_gate(ds: Tensor, gate: Tensor, gate_fn: str) -> Tensor:
+    if gate_fn == "sigmoid":
+        return ds * gate * (1 - gate)
+    return torch.where((gate > 0) & (gate < 1), ds / 6, 0)
 
 
-def _slope(x: Tensor, act: str) -> Tensor:
+def _through(da: Tensor, x: Tensor, act: str) -> Tensor:
+    """da * act'(x); chosen and not multiplied where the slope is 0, so that 0 * inf is 0 as in eager."""
     if act == "relu":
-        return (x > 0).to(x.dtype)
+        return torch.where(x <= 0, 0, da)
     if act == "silu":
         sigma = torch.sigmoid(x)
-        return sigma * (1 + x * (1 - sigma))
-    return 0.5 * (1 + torch.erf(x / 2**0.5)) + x * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+        return da * sigma * (1 + x * (1 - sigma))
+    return da * (0.5 * (1 + torch.erf(x / 2**0.5)) + x * torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5)
 
 
 def _affine(x: Tensor, stats: Tensor) -> Tensor:

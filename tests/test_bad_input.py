@@ -208,6 +208,21 @@ def test_resuming_with_another_learning_rate(capsys, finished):
     assert "--lr 0.3 does not go with --resume" in refused(capsys, ["--resume", str(finished), "--lr", "0.3"])
 
 
+@pytest.mark.parametrize("scope", ("block", "tail"))
+def test_a_scope_of_a_fusion_that_was_not_asked_for(capsys, tmp_path, good, finished, scope):
+    message = f"--fused-scope {scope} does nothing without --fused-se; add --fused-se or leave it out"
+    assert message in train_refused(capsys, tmp_path, "--data-dir", str(good), "--fused-scope", scope)
+    assert message in refused(capsys, ["--resume", str(finished), "--fused-scope", scope])
+    assert message in refused(capsys, [str(finished), "--fused-scope", scope], evaluate.main)
+
+
+def test_unknown_scope(capsys, tmp_path, good):
+    line = train_refused(capsys, tmp_path, "--data-dir", str(good), "--fused-se", "--fused-scope", "wide")
+    assert "--fused-scope" in line
+    assert "block" in line
+    assert "tail" in line
+
+
 def test_resuming_on_other_images(capsys, tmp_path, copy):
     output = tmp_path / "run"
     assert run(train.main, [*QUICK, "--data-dir", str(copy), "--output", str(output)]) == 0

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import models, weights
+from engine.config import Config
 from engine.errors import UserError
+from engine.fusion import fuse
 from engine.models import MODEL_NAMES, create_model, load_pretrained, seresnet50
 
 SE_NAMES = [name for name in MODEL_NAMES if name.startswith("se")]
@@ -102,6 +104,43 @@ def test_timms_weights_give_timms_logits(name, tmp_path):
         expected = theirs.to(memory_format=torch.channels_last)(images())
         torch.testing.assert_close(ours(images()), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "line"),
+    [
+        ("seresnet18", "tail", "9 tails fused, 8 of them with SE"),
+        ("seresnet18", "block", "8 SE modules fused"),
+        ("resnet18", "tail", "9 tails fused, 0 of them with SE"),
+        ("resnet18", "block", "nothing fused: resnet18 has no SE module; --fused-scope tail fuses its residual tails"),
+    ],
+)
+def test_fusing_keeps_the_parameters_and_the_function(name, scope, line):
+    torch.manual_seed(0)
+    model = with_lively_batchnorm(create_model(name, num_classes=5)).double()
+    x = images().double()
+    expected, gradients = logits_and_gradients(model, x)
+    parameters, keys = list(model.named_parameters()), list(model.state_dict())
+    assert fuse(model, Config(model=name, fused_scope=scope)) == line
+    # in this order an optimizer's state is written to a checkpoint
+    assert [(key, id(p)) for key, p in model.named_parameters()] == [(key, id(p)) for key, p in parameters]
+    assert list(model.state_dict()) == keys
+    fused_logits, fused_gradients = logits_and_gradients(model, x)
+    torch.testing.assert_close(fused_logits, expected)
+    torch.testing.assert_close(fused_gradients, gradients)
+
+
+def logits_and_gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    logits = model(x)
+    return logits.detach(), list(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+
+
+def test_a_block_that_has_no_fused_tail_is_named_and_its_se_is_fused():
+    model = create_model("seresnet18", num_classes=5)
+    model.layer2[1].relu = nn.Tanh()
+    with pytest.warns(UserWarning, match=r"layer2\.1: .*Tanh"):
+        line = fuse(model, Config(model="seresnet18"))
+    assert line == "8 tails fused, 7 of them with SE; 1 other SE modules fused"
 
 
 @pytest.mark.parametrize("name", ["seresnet18", "seresnet50"])

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,6 +131,17 @@ def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
     assert (config.lr, config.epochs, config.model, config.channels_last) == (0.01, 9, "seresnet34", False)
     assert config.batch_size == Config().batch_size
     assert resume is None
+
+
+def test_what_is_fused_may_change_on_resume(tmp_path):
+    """And a run from before there was a scope takes the widest."""
+    before = Config(fused_se=True).as_mapping()
+    del before["fused_scope"]
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(before))
+    resume = ["--resume", str(tmp_path)]
+    assert parse_args(resume)[0].fused_scope == "tail"
+    assert parse_args([*resume, "--fused-scope", "block"])[0].fused_scope == "block"
+    assert not parse_args([*resume, "--no-fused-se"])[0].fused_se
 
 
 def test_digits_recipe_is_the_default_without_data_only(tmp_path):

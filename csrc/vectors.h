@@ -1,7 +1,9 @@
-// Loads, stores, loops and sums over the vectors of se_simd.h, for every dtype.
+// Loads, stores, loops and sums over the vectors of simd.h, for every dtype.
 #pragma once
 
-#include "se_simd.h"
+#include <cmath>
+
+#include "simd.h"
 
 namespace se {
 namespace {
@@ -92,21 +94,6 @@ inline __attribute__((always_inline)) void for_each_vector(int64_t n, Step step)
   }
 }
 
-// Sum of the lanes of a vector of kBytes, half by half: registers only, where a loop over lanes would go through
-// memory.
-template <class A, int kBytes = kVectorBytes, class V>
-inline A reduce(V v) {
-  if constexpr (kBytes == sizeof(A)) {
-    return bit_cast<A>(v);
-  } else {
-    typedef A Half __attribute__((vector_size(kBytes / 2)));
-    Half low, high;
-    std::memcpy(&low, &v, kBytes / 2);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + kBytes / 2, kBytes / 2);
-    return reduce<A, kBytes / 2>(low + high);
-  }
-}
-
 inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -114,6 +101,31 @@ inline int64_t smaller(int64_t a, int64_t b) {
 template <class A>
 inline Vec<A> broadcast(A value) {
   return value - Vec<A>{};  // a sum would not do: -0 + 0 is 0
+}
+
+// e^x within two units in the last place, infinity where it is above 2^127.5: x = n ln 2 + r, |r| <= ln 2 / 2, and the
+// polynomial of Cephes' expf for e^r.
+inline Vec<float> exponential(Vec<float> x) {
+  x = x < broadcast<float>(-87) ? broadcast<float>(-87) : x;
+  x = x > broadcast<float>(89) ? broadcast<float>(89) : x;
+  const Vec<float> shift = broadcast<float>(12582912);  // 1.5 * 2^23: a sum with it has no bits for a fraction
+  const Vec<float> shifted = multiply_add(x, broadcast<float>(1.44269504f), shift), n = shifted - shift;
+  Vec<float> r = multiply_add(n, broadcast<float>(-0.693359375f), x);  // ln 2 in two parts, the first exact times n
+  r = multiply_add(n, broadcast<float>(2.12194440e-4f), r);
+  Vec<float> p = broadcast<float>(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = multiply_add(p, r, broadcast<float>(c));
+  }
+  p = multiply_add(p, r * r, r) + 1;
+  const Bits32 power = (bit_cast<Bits32>(shifted) + 127u) << 23;  // of two: n is in the low bits
+  return p * bit_cast<Vec<float>>(power);
+}
+
+inline Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) {
+    x[i] = std::exp(x[i]);
+  }
+  return x;
 }
 
 // Sums kCount vectors pairwise.

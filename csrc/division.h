@@ -13,6 +13,7 @@
 #endif
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 
 #include "se.h"
@@ -88,7 +89,8 @@ struct Tiling {
       pixels = even_step(length(), std::max(elements / extent.C, kTileLines) / extent.W, 1);
     } else {
       channels = 1;
-      pixels = even_step(length(), elements * length() / HW, 1);
+      // a tile's first pixel is the first bit of a byte
+      pixels = even_step(length(), elements * length() / HW, along_w() ? 64 : 8 / std::gcd(extent.W, int64_t(8)));
     }
   }
   // Of the dimension that pixels are divided in: H, which is 1 where a contiguous sample's pixels are one dimension.
