@@ -2,10 +2,11 @@
 
     python -m benchmarks.compile_audit [--arch 80 90 ...] [--widest] [--cu DIR] [--output FILE.md] [--json FILE]
 
-Triton: each kernel of `kernels.se_triton` in every configuration that it can be launched in (`triton_launches`). CUDA
-C++: each kernel of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory
-and the widest global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy is what the
-limits of the CUDA programming guide allow.
+Triton: the kernels of the SE block and of the residual tail, in the configurations of `triton_launches`; of the tail
+every one for sm_90, and for the others the widest training tails, which are what networks launch. CUDA C++: each kernel
+of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory and the widest
+global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy is what the limits of the
+CUDA programming guide allow.
 
 The exit status is 1 when a kernel spills, or when an aligned half-precision sweep makes no 128-bit access.
 """
@@ -55,6 +56,7 @@ LIMITS = {
     100: Limits(2048, 32, 228 << 10),
     120: Limits(1536, 24, 100 << 10),
 }
+EVERY_CONFIGURATION = 90  # the architecture that all of the tail's are compiled for
 REGISTERS = 1 << 16
 RESERVED_SHARED = 1 << 10  # that the system takes of each block's shared memory
 NVCC_ARCHITECTURES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120"}
@@ -238,7 +240,10 @@ def audit(architectures: Sequence[int], cu_folder: Path, jobs: int, launches: Se
     sources = sorted(cu_folder.glob("*.cu")) if shutil.which("nvcc") else []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         cuda = pool.map(audit_cuda, *zip(*itertools.product(architectures, sources), strict=True)) if sources else ()
-        by_triton = pool.map(audit_triton, *zip(*itertools.product(architectures, launches), strict=True), chunksize=4)
+        compiled = [
+            (arch, x) for arch in architectures for x in launches if x.everywhere or arch == EVERY_CONFIGURATION
+        ]
+        by_triton = pool.map(audit_triton, *zip(*compiled, strict=True), chunksize=4)
         return [*by_triton, *itertools.chain.from_iterable(cuda)]
 
 
@@ -301,6 +306,8 @@ def report(rows: Sequence[Row], cu_folder: Path) -> str:
         f"torch {torch.__version__}.\n{cuda}\n\n"
         f"{len(rows)} compilations; spilling: {sum(bool(row.local or row.local_accesses) for row in rows)}; "
         f"faults: {len(faults)}.\n"
+        f"Of the residual tail every configuration for sm_{EVERY_CONFIGURATION}, and the widest training tails for the "
+        "others.\n"
         "Of a kernel's configurations the least wide access is shown. Registers are a thread's, shared memory a "
         "block's.\n\n" + table(rows)
     )

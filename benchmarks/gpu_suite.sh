@@ -31,6 +31,16 @@ step() { # name, command...
     fi
 }
 
+parity() { # a process for each test that wants a GPU: most of the time goes into compiling Triton kernels
+    "$python" -m pytest tests --collect-only -q -m gpu -p no:cacheprovider |
+        sed -n 's/\[.*//; /::/p' | sort -u >"$out/parity.txt"
+    [ -s "$out/parity.txt" ] || { echo "no test wants a GPU here"; return 1; }
+    # shellcheck disable=SC2016
+    xargs -P "$(($(nproc) / 2))" -I{} bash -c \
+        'said=$("$0" -m pytest "{}" -q -m gpu -p no:cacheprovider 2>&1); status=$?; echo "$said"; exit $status' \
+        "$python" <"$out/parity.txt"
+}
+
 step build "$python" setup.py build_ext --inplace
 step environment "$python" - "$out/environment.json" <<'PYTHON'
 import json, platform, sys, time
@@ -54,15 +64,19 @@ print(facts)
 PYTHON
 if [ -n "$rehearse" ]; then
     step sanitizer "$python" -m pytest tests/test_cuda_on_cpu.py -q -k "clean_under_address" -p no:cacheprovider
-    step parity "$python" -m pytest tests/test_squeeze_excite.py -q -k "triton and odd" -p no:cacheprovider
-    selection=(-k "stage and 4 and float32")
+    step parity "$python" -m pytest tests/test_squeeze_excite.py tests/test_residual_tail.py -q -p no:cacheprovider \
+        -k "triton and odd and (squeeze or channels_last)"
+    selection=(-k "(stage and 4 and float32) or train_step")
+    export REHEARSAL=yes # for the training step
 else
-    step parity "$python" -m pytest tests -q -m gpu -p no:cacheprovider
+    step parity parity
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck; do
             step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
                 tests/test_squeeze_excite.py -m gpu -k "cuda and values and odd and float32"
         done
+        step memcheck_tail compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest -q \
+            -p no:cacheprovider tests/test_residual_tail.py -m gpu -k "triton and shapes and odd and norm_se_add_norm_relu"
     else
         echo "compute-sanitizer: not installed, left out"
     fi

@@ -19,6 +19,7 @@ import torch
 # Holds a GPU back for a few milliseconds, until the calls that follow are queued: the time between two events is then
 # the GPU's own, where a call of 50 microseconds is over sooner than Python issues the next.
 HOLD_CYCLES = 8_000_000
+WARMUP = 3  # rounds that do not count
 
 
 @dataclass
@@ -38,6 +39,12 @@ class Entrant:
         states = [self.prepare(i) for i in range(self.calls)]
         clock = seconds_on_gpu if torch.cuda.is_available() else seconds_on_cpu
         self.seconds.append(clock(self.run, states) / self.calls)
+
+    def milliseconds(self) -> list[float]:
+        """p20, p50 and p80 of the rounds that count."""
+        counted = [1e3 * t for t in self.seconds[WARMUP:]]
+        p20, *_, p80 = statistics.quantiles(counted, n=5)
+        return [p20, statistics.median(counted), p80]
 
 
 def seconds_on_cpu(run: Callable[[Any], object], states: list[Any]) -> float:
@@ -92,23 +99,21 @@ def race(
     keep_freed_memory()
     entrants = {"": ours} if isinstance(ours, Entrant) else ours
     first, *others = [*entrants.values(), *peers.values()]
-    warmup = 3
 
     def others_first() -> None:
         for entrant in others:
             entrant.timed()
 
-    benchmark.pedantic(first.timed, setup=others_first, rounds=rounds, warmup_rounds=warmup)
+    benchmark.pedantic(first.timed, setup=others_first, rounds=rounds, warmup_rounds=WARMUP)
     rows = []
     for name, entrant in entrants.items():
-        mine = entrant.seconds[warmup:]
-        p20, *_, p80 = statistics.quantiles(mine, n=5)
-        p50 = statistics.median(mine)
-        row: dict[str, Any] = {**label, **({"backend": name} if name else {}), "ms": [1e3 * t for t in (p20, p50, p80)]}
+        mine = entrant.seconds[WARMUP:]
+        ms = entrant.milliseconds()
+        row: dict[str, Any] = {**label, **({"backend": name} if name else {}), "ms": ms}
         if entrant.bytes_moved:
-            row |= {"MB": entrant.bytes_moved / 1e6, "GB/s": entrant.bytes_moved / p50 / 1e9}
+            row |= {"MB": entrant.bytes_moved / 1e6, "GB/s": entrant.bytes_moved / ms[1] / 1e6}
         for peer_name, peer in peers.items():
-            ratio = statistics.median(theirs / t for theirs, t in zip(peer.seconds[warmup:], mine, strict=True))
+            ratio = statistics.median(theirs / t for theirs, t in zip(peer.seconds[WARMUP:], mine, strict=True))
             if peer_name == "copy":
                 row["of_copy"] = ratio * entrant.bytes_moved / peer.bytes_moved
             else:

@@ -1,6 +1,8 @@
-"""Bytes that an SE block moves, counted and not timed: this project's Triton kernels, eager PyTorch, torch.compile.
+"""Bytes that an SE block, a residual tail and a whole network move, counted and not timed, in eager PyTorch, by
+torch.compile and by this project's Triton kernels.
 
-    python -m benchmarks.traffic [--stage 1 2 3 4] [--dtype bfloat16 float32] [--output FILE.md]
+    python -m benchmarks.traffic [--part block tail network memory] [--stage 1 2 3 4] [--dtype bfloat16 float32]
+                                 [--output FILE.md]
 
 In units of one activation tensor, which is what a read or a write of the whole activation costs (design section 5); the
 small tensors, (N, C), (N, R) and the weights, are counted apart. No GPU is needed:
@@ -14,201 +16,119 @@ small tensors, (N, C), (N, R) and the weights, are counted apart. No GPU is need
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 import torch
-import torch._functorch.config as functorch_config
-import torch._inductor.config as inductor_config
 import triton
 from torch import Tensor
-from torch._inductor.graph import GraphLowering
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import InterpreterBuilder
 
+from benchmarks import network_traffic, saved_memory, tail_traffic
+from benchmarks.counting import CountedOperators, Traffic, by_address, by_size, counted_accesses, inductor_accesses
 from kernels import FusedSEBlock, SEBlock, se_triton
 
 STAGES = {1: (256, 56), 2: (512, 28), 3: (1024, 14), 4: (2048, 7)}  # channels and side of SE-ResNet50 at 224 px
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-BATCH = (
-    8  # of eager and torch.compile: enough for every weight to be smaller than an activation, which tells them apart
-)
+TAIL_STAGE = 4  # the others have the same figures, and take longer
+BATCH = 16  # of eager and torch.compile: every weight is then smaller than a quarter of an activation, as by_size wants
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """One direction's: ``activation`` in units of an activation tensor, ``small`` in bytes."""
-
-    activation: float
-    small: int
-
-
-Counter = Callable[[int, str, torch.dtype], tuple[Traffic, Traffic]]
-
-
-def make_case(stage: int, layout: str, dtype: torch.dtype, batch: int) -> tuple[Tensor, Tensor]:
-    """x and dout of a stage."""
+def activation(stage: int, layout: str, dtype: torch.dtype, batch: int = BATCH) -> Tensor:
+    """A stage's."""
     channels, side = STAGES[stage]
-    x, dout = (torch.randn(batch, channels, side, side).to(dtype).to(memory_format=LAYOUTS[layout]) for _ in range(2))
-    return x.requires_grad_(), dout
+    return torch.randn(batch, channels, side, side).to(dtype).to(memory_format=LAYOUTS[layout])
 
 
-def triton_traffic(stage: int, layout: str, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
+def eager_traffic(x: Tensor) -> tuple[Traffic, Traffic]:
+    """Forward and backward of `SEBlock`, every gradient."""
+    block, dout = SEBlock(x.shape[1]).to(x.dtype), torch.randn_like(x)
+    with CountedOperators() as forward:
+        out = block(x.requires_grad_())
+    with CountedOperators() as backward:
+        torch.autograd.grad(out, [x, *block.parameters()], dout)
+    return by_size(forward.accesses, x.nbytes), by_size(backward.accesses, x.nbytes)
+
+
+def compiled_traffic(x: Tensor) -> tuple[Traffic, Traffic]:
+    """Forward and backward of `SEBlock` as Inductor compiles it for the CPU."""
+    block = SEBlock(x.shape[1]).to(x.dtype)
+    x.requires_grad_()
+    forward, backward = inductor_accesses(lambda: block(x), [x, *block.parameters()], torch.randn_like(x))
+    return by_size(forward, x.nbytes), by_size(backward, x.nbytes)
+
+
+def triton_traffic(x: Tensor) -> tuple[Traffic, Traffic]:
     """Forward and backward of the Triton kernels, every gradient, at a batch of one."""
     if not se_triton.INTERPRETED:
         raise RuntimeError("Triton's kernels were imported to run on the GPU; start Python with TRITON_INTERPRET=1")
-    x, dout = make_case(stage, layout, dtype, batch=1)
-    block = FusedSEBlock(x.shape[1], bias=True).to(dtype)
+    x = x[:1]
+    dout = torch.randn_like(x)
+    block = FusedSEBlock(x.shape[1], bias=True).to(x.dtype)
     w1, b1, w2, b2 = (p.detach() for p in block.parameters())
-    x = x.detach()
     with counted_accesses() as forward:
         out, pooled, hidden, gate = se_triton.se_fwd(x, w1, b1, w2, b2, "relu", "sigmoid")
     with counted_accesses() as backward:
         dx, *_ = se_triton.se_bwd(dout, x, w1, w2, pooled, hidden, gate, "relu", "sigmoid", [True] * 5)
-    activations = [x, out, dout, dx]
-    return _split(forward, activations), _split(backward, activations)
+    large = [x, out, dout, dx]
+    return by_address(forward, large), by_address(backward, large)
 
 
-@contextlib.contextmanager
-def counted_accesses() -> Iterator[list[tuple[int, int]]]:
-    """Notes (lowest address, bytes) of each load and store in Triton's interpreter; its unmasked ones come here too."""
-    noted: list[tuple[int, int]] = []
-
-    def counting(access: Callable[..., Any], position_of_mask: int) -> Callable[..., Any]:
-        def counted(builder: Any, pointers: Any, *args: Any) -> Any:
-            inside = args[position_of_mask].data
-            if inside.any():
-                size = pointers.get_element_ty().primitive_bitwidth // 8
-                noted.append((int(pointers.data[inside].min()), int(inside.sum()) * size))
-            return access(builder, pointers, *args)
-
-        return counted
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    with (
-        mock.patch.object(InterpreterBuilder, "create_masked_load", counting(load, 0)),
-        mock.patch.object(InterpreterBuilder, "create_masked_store", counting(store, 1)),
-    ):
-        yield noted
-
-
-def _split(noted: list[tuple[int, int]], activations: list[Tensor]) -> Traffic:
-    """Which of the accesses went to an activation, told by their addresses."""
-    unit = activations[0].nbytes
-    of_activations = sum(
-        size for start, size in noted if any(0 <= start - tensor.data_ptr() < unit for tensor in activations)
-    )
-    return Traffic(of_activations / unit, sum(size for _, size in noted) - of_activations)
-
-
-def eager_traffic(stage: int, layout: str, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
-    """Forward and backward of `SEBlock`, every gradient."""
-    x, dout = make_case(stage, layout, dtype, batch=BATCH)
-    block = SEBlock(x.shape[1]).to(dtype)
-    with _CountedOperators(x.nbytes) as forward:
-        out = block(x)
-    with _CountedOperators(x.nbytes) as backward:
-        torch.autograd.grad(out, [x, *block.parameters()], dout)
-    return forward.traffic(), backward.traffic()
-
-
-class _CountedOperators(TorchDispatchMode):
-    def __init__(self, unit: int) -> None:
-        super().__init__()
-        self.unit = unit
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
-            self.sizes += [min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors]
-        return result
-
-    def traffic(self) -> Traffic:
-        return _by_size(self.sizes, self.unit)
-
-
-def _by_size(sizes: Sequence[int], unit: int) -> Traffic:
-    large = sum(size for size in sizes if size >= unit)
-    return Traffic(large / unit, sum(sizes) - large)
-
-
-def compiled_traffic(stage: int, layout: str, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
-    """Forward and backward of `SEBlock` as Inductor compiles it for the CPU; compiles, so it takes a while."""
-    x, dout = make_case(stage, layout, dtype, batch=BATCH)
-    block = SEBlock(x.shape[1]).to(dtype)
-    torch.compiler.reset()
-    with counted_graphs() as graphs:
-        out = torch.compile(block, fullgraph=True)(x)
-        torch.autograd.grad(out, [x, *block.parameters()], dout)
-    forward, backward = graphs
-    return _by_size(forward, x.nbytes), _by_size(backward, x.nbytes)
-
-
-@contextlib.contextmanager
-def counted_graphs() -> Iterator[list[list[int]]]:
-    """Notes, for each graph that Inductor compiles, the bytes of each access to a buffer as `count_bytes` adds them."""
-    noted: list[list[int]] = []
-    compile_to_module = GraphLowering.compile_to_module
-
-    def counting(graph: GraphLowering) -> Any:
-        module = compile_to_module(graph)
-        nodes = graph.scheduler.nodes
-        accesses = [node.get_read_write_buffer_accesses(include_reads=True, include_writes=True) for node in nodes]
-        sizes = [size for of_node in accesses for size in of_node.values()]
-        assert sum(sizes) == graph.count_bytes()[0]
-        noted.append(sizes)
-        return module
-
-    with (
-        mock.patch.object(GraphLowering, "compile_to_module", counting),
-        # a graph out of a cache would not be lowered, nor counted
-        inductor_config.patch(fx_graph_cache=False),
-        functorch_config.patch(enable_autograd_cache=False),
-    ):
-        yield noted
-
-
-COUNTERS: dict[str, Counter] = {
+COUNTERS: dict[str, Callable[[Tensor], tuple[Traffic, Traffic]]] = {
     "eager": eager_traffic,
     "torch.compile": compiled_traffic,
     "Triton kernels": triton_traffic,
 }
+TAIL_COUNTERS: dict[str, Callable[[tail_traffic.Kind, Tensor], tuple[Traffic, Traffic]]] = {
+    "eager": tail_traffic.eager_traffic,
+    "torch.compile": tail_traffic.compiled_traffic,
+    "Triton kernels": tail_traffic.triton_traffic,
+}
 
 
-def report(stages: Sequence[int], dtypes: Sequence[str]) -> str:
-    lines = [
-        "| stage | layout | dtype | " + " | ".join(f"{name} fwd / bwd" for name in COUNTERS) + " | small, Triton |",
-        "|---" * (len(COUNTERS) + 4) + "|",
+def block_table(stages: Sequence[int], dtypes: Sequence[str]) -> str:
+    return BLOCK.format(table=_table("stage", stages, dtypes, [("", COUNTERS)]))
+
+
+def tail_table(dtypes: Sequence[str]) -> str:
+    kinds = [
+        (f"{kind}, ", {name: lambda x, c=counter, k=kind: c(k, x) for name, counter in TAIL_COUNTERS.items()})
+        for kind in tail_traffic.KINDS
     ]
-    for stage in stages:
-        for layout in LAYOUTS:
-            for name in dtypes:
-                counts = {way: counter(stage, layout, DTYPES[name]) for way, counter in COUNTERS.items()}
-                units = [f"{f.activation:.2f} / {b.activation:.2f}" for f, b in counts.values()]
-                small = "{:.0f} / {:.0f} KiB".format(*(t.small / 1024 for t in counts["Triton kernels"]))
-                lines.append(f"| {stage} | {layout} | {name} | {' | '.join(units)} | {small} |")
-                print(lines[-1], file=sys.stderr)
-    return HEAD.format(
-        date=datetime.date.today(), torch=torch.__version__, triton=triton.__version__, table="\n".join(lines)
-    )
+    return TAIL.format(table=_table("tail, stage", [TAIL_STAGE], dtypes, kinds))
 
 
-HEAD = """# Traffic of the SE block
+def _table(title: str, stages: Sequence[int], dtypes: Sequence[str], counted: Sequence[tuple[str, dict]]) -> str:
+    ways = list(counted[0][1])
+    lines = [
+        f"| {title} | layout | dtype | {' | '.join(f'{way} fwd / bwd' for way in ways)} | small, Triton |",
+        "|---" * (len(ways) + 4) + "|",
+    ]
+    for prefix, counters in counted:
+        for stage in stages:
+            for layout in LAYOUTS:
+                for name in dtypes:
+                    x = activation(stage, layout, DTYPES[name])
+                    counts = [counter(x.clone()) for counter in counters.values()]
+                    units = [f"{forward.activation:.2f} / {backward.activation:.2f}" for forward, backward in counts]
+                    small = "{:.0f} / {:.0f} KiB".format(*(t.small / 1024 for t in counts[-1]))
+                    lines.append(f"| {prefix}{stage} | {layout} | {name} | {' | '.join(units)} | {small} |")
+                    print(lines[-1], file=sys.stderr)
+    return "\n".join(lines)
+
+
+HEAD = """# Traffic
 
 By `python -m benchmarks.traffic`, {date}; torch {torch}, triton {triton}; forward / backward, every gradient.
+"""
+BLOCK = """
+## The SE block
+
 In units of one activation tensor. Design section 5 has 3 / 10 for eager, 3 / 4 for Inductor, and 3 / 4 as the limit of
 a kernel that keeps nothing on the chip between its two sweeps. The `cuda` backend's one-read path moves 2 / 3 by
 construction (x in, out out; x and dout in, dx out): the tests count it where they run its kernels on the CPU.
@@ -217,15 +137,33 @@ and their gradients.
 
 {table}
 """
+TAIL = """
+## The residual tail
+
+In the same units, in training. BatchNorm counts each of its operands once in eager, as ATen's operator has them; its
+second reads, one forward and two backward, come on top. The ReLU's bits are a sixteenth of a unit in half precision.
+
+{table}
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
+    parts = ("block", "tail", "network", "memory")
+    parser.add_argument("--part", nargs="+", choices=parts, default=parts)
     parser.add_argument("--stage", type=int, nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--output", type=Path, metavar="FILE.md")
     args = parser.parse_args(argv)
-    text = report(args.stage, args.dtype)
+    text = HEAD.format(date=datetime.date.today(), torch=torch.__version__, triton=triton.__version__)
+    if "block" in args.part:
+        text += block_table(args.stage, args.dtype)
+    if "tail" in args.part:
+        text += tail_table(args.dtype)
+    if "network" in args.part:
+        text += network_traffic.report()
+    if "memory" in args.part:
+        text += saved_memory.report()
     print(text)
     if args.output:
         args.output.write_text(text)

@@ -1,8 +1,12 @@
-"""The launches of `kernels.se_triton`: each configuration that there is, once, and how it is compiled without a GPU.
+"""The launches of the Triton kernels: each configuration that there is, once, and how it is compiled without a GPU.
 
 A configuration is what Triton compiles a kernel for: the dtypes of its tensors and the values of its constants. Nothing
 else may count, which `triton_launches` checks; so the list is finite, and it is made by the launch code itself: the
-operator is called with tensors that lead it through every branch, and the launches are noted instead of run.
+operators are called with tensors that lead them through every branch, and the launches are noted instead of run.
+
+The SE block's are all there. The residual tail has too many switches for that: every combination of them is there with
+aligned tensors, and every alignment and mixture of layouts for the widest combinations; a backward pass that is not
+asked for every gradient runs a part of one that is, and is left out.
 """
 
 from __future__ import annotations
@@ -20,20 +24,32 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import se_triton
+from kernels import se_triton, tail_triton
 from kernels.reference import ACTIVATIONS, GATES
+from kernels.residual_tail import SE, TAIL_ACTIVATIONS, FixedNorm, How, Saved
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 SWEEPS = ("_pool_kernel", "_scale_kernel")
+# The sweeps over activations, and the tensor that tells the width of an access
+TILES = {
+    "_pool_kernel": "p_x",
+    "_scale_kernel": "p_out",
+    "_moments_kernel": "p_x",
+    "_apply_kernel": "p_out",
+    "_sums_kernel": "p_y",
+    "_apply_bwd_kernel": "p_y",
+}
+STORING = ("_scale_kernel", "_apply_kernel", "_apply_bwd_kernel")
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A kernel with the arguments it was launched with."""
+    """A kernel with the arguments it was launched with; ``everywhere`` where it is one to be compiled for every GPU."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
     num_warps: int
+    everywhere: bool = True
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -58,7 +74,9 @@ class Launch:
             name = "pool dout*x" if self.constants["WITH_DOUT"] else "pool x"
         elif name == "scale":
             name = "scale out = in*gate" + (" + q" if self.constants["WITH_Q"] else "")
-        order = self.constants.get("X_ORDER") or self.constants.get("O_ORDER")
+        if self.kernel.__module__ in TAIL_MODULES:
+            name = f"tail {name}"
+        order = next((self.constants[key] for key in ("X_ORDER", "O_ORDER", "ORDER") if key in self.constants), None)
         return f"{name}, {order}" if order else name
 
     @property
@@ -71,20 +89,38 @@ class Launch:
     @property
     def load_bits(self) -> int:
         """The width of access that a sweep's configuration promises, and 0 of the other kernels."""
-        if self.kernel.__name__ not in SWEEPS:
+        if self.kernel.__name__ not in TILES:
             return 0
-        tile = self.tensors["p_x" if self.kernel.__name__ == "_pool_kernel" else "p_out"]
-        return 8 * tile.element_size() * self.constants["VECTOR"]
+        return 8 * self.tensors[TILES[self.kernel.__name__]].element_size() * self.constants["VECTOR"]
 
     @property
     def store_bits(self) -> int:
-        return self.load_bits if self.kernel.__name__ == "_scale_kernel" else 0
+        return self.load_bits if self.kernel.__name__ in STORING else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _launch_of_key, (self.key,)
 
 
-FLOAT32_ALWAYS = {"p_part", "p_slice", "p_pooled", "p_hidden", "p_gate", "p_dz", "p_dhidden", "p_q", "p_a", "p_b"}
+# Of one dtype whatever the activations' and the weights' are
+FLOAT32_ALWAYS = {
+    *(
+        "p_part",
+        "p_slice",
+        "p_pooled",
+        "p_hidden",
+        "p_gate",
+        "p_dz",
+        "p_dhidden",
+        "p_q",
+        "p_a",
+        "p_b",
+        "p_pivot",
+        "p_t",
+    ),
+    *("p_shift", "p_m2", "p_stats", "p_stats2", "p_u", "p_u2", "p_coefficients", "p_coefficients2", "p_deviation"),
+    *("p_weight", "p_bias", "p_dweight", "p_dbias", "p_mask"),
+}
+TAIL_MODULES = ("kernels.tail_triton", "kernels.tail_triton_small", "kernels.tail_triton_sweeps")
 
 
 def _launch_of_key(key: tuple[Any, ...]) -> Launch:
@@ -105,33 +141,96 @@ def triton_launches() -> list[Launch]:
 def _launches() -> dict[tuple[Any, ...], Launch]:
     launches: dict[tuple[Any, ...], Launch] = {}
     with _noted(launches):
-        for dtype in se_triton.DTYPES:
-            for x, other in _layouts(dtype):
-                weights = torch.empty(16, x.shape[1]), None, torch.empty(x.shape[1], 16), None
-                _, pooled, hidden, gate = se_triton.se_fwd(x, *weights, "relu", "sigmoid")
-                se_triton._pool(x, other)
-                se_triton._scale(other, gate, None, x)
-                se_triton._scale(other, gate, gate, x)
-            for act, gate_fn, bias in itertools.product(ACTIVATIONS, GATES, (False, True)):
-                x = torch.empty(1, 32, 8, 8)
-                w1, w2, b1, b2 = (torch.empty(size, dtype=dtype) for size in ((16, 32), (32, 16), (16,), (32,)))
-                biases = (b1, b2) if bias else (None, None)
-                _, pooled, hidden, gate = se_triton.se_fwd(x, w1, biases[0], w2, biases[1], act, gate_fn)
-                for wanted in itertools.product((False, True), repeat=2):
-                    se_triton.se_bwd(x, x, w1, w2, pooled, hidden, gate, act, gate_fn, [True, *wanted, *wanted])
+        _launch_blocks()
+    noted = {_sweep_key(launch) for launch in launches.values() if launch.kernel.__name__ in SWEEPS}
+    assert noted == _every_sweep(), sorted(map(str, noted ^ _every_sweep()))
+    for dtype in se_triton.DTYPES:
+        with _noted(launches):
+            _launch_widest_tails(dtype)
+        with _noted(launches, everywhere=False):
+            _launch_tails(dtype)
     for launch in launches.values():
         for p in launch.kernel.params:
             assert p.is_constexpr or p.do_not_specialize, f"{launch.kernel.__name__} is specialised on {p.name}"
-    noted = {_sweep_key(launch) for launch in launches.values() if launch.kernel.__name__ in SWEEPS}
-    assert noted == _every_sweep(), sorted(map(str, noted ^ _every_sweep()))
     return launches
 
 
+def _launch_blocks() -> None:
+    for dtype in se_triton.DTYPES:
+        for x, other in _layouts(dtype):
+            weights = torch.empty(16, x.shape[1]), None, torch.empty(x.shape[1], 16), None
+            _, pooled, hidden, gate = se_triton.se_fwd(x, *weights, "relu", "sigmoid")
+            se_triton._pool(x, other)
+            se_triton._scale(other, gate, None, x)
+            se_triton._scale(other, gate, gate, x)
+        for act, gate_fn, bias in itertools.product(ACTIVATIONS, GATES, (False, True)):
+            x = torch.empty(1, 32, 8, 8)
+            w1, w2, b1, b2 = (torch.empty(size, dtype=dtype) for size in ((16, 32), (32, 16), (16,), (32,)))
+            biases = (b1, b2) if bias else (None, None)
+            _, pooled, hidden, gate = se_triton.se_fwd(x, w1, biases[0], w2, biases[1], act, gate_fn)
+            for wanted in itertools.product((False, True), repeat=2):
+                se_triton.se_bwd(x, x, w1, w2, pooled, hidden, gate, act, gate_fn, [True, *wanted, *wanted])
+
+
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
+def _launch_widest_tails(dtype: torch.dtype) -> None:
+    """relu(SE(BatchNorm(y)) + residual) in training, with and without a BatchNorm of the residual, in both layouts."""
+    for layout, residual in itertools.product(LAYOUTS, ("plain", "norm")):
+        y = torch.empty(1, 64, 8, 8, dtype=dtype).to(memory_format=layout)
+        _launch_tail(y, y, y, act="relu", residual=residual)
+
+
+def _launch_tails(dtype: torch.dtype) -> None:
+    for layout in LAYOUTS:
+        y = torch.empty(1, 64, 8, 8, dtype=dtype).to(memory_format=layout)
+        switches = itertools.product(TAIL_ACTIVATIONS, ("none", "plain", "norm"), (False, True), (False, True))
+        for act, residual, se, training in switches:
+            _launch_tail(y, y, y, act=act, residual=residual, se=se, training=training)
+        _launch_tail(y, y, y, act="relu", residual="plain", gate="hardsigmoid", affine=False)
+        other = next(torch.empty_like(y).contiguous(memory_format=other) for other in LAYOUTS if other != layout)
+        for missing in (4, 1):  # what is left then is 4 or 1 elements in an access
+            shape = (1, 64 - missing, 8, 8) if layout == torch.channels_last else (1, 64, 1, 64 - missing)
+            narrow = torch.empty(shape, dtype=dtype).to(memory_format=layout)
+            for residual in ("plain", "norm"):
+                _launch_tail(narrow, narrow, narrow, act="relu", residual=residual)
+        for residual in ("plain", "norm"):
+            _launch_tail(y, other, other, act="relu", residual=residual)
+
+
+def _launch_tail(
+    y: Tensor,
+    shortcut: Tensor,
+    dout: Tensor,
+    *,
+    act: str,
+    residual: str,
+    se: bool = True,
+    training: bool = True,
+    gate: str = "sigmoid",
+    affine: bool = True,
+) -> None:
+    """Forward and backward, every gradient; ``residual`` is "none", "plain" or "norm"."""
+    C, R = y.shape[1], 16
+    given = (None, None) if training else (torch.empty(C), torch.empty(C))
+    norm = FixedNorm(*((torch.empty(C), torch.empty(C)) if affine else (None, None)), *given, 1e-5, "")
+    w1, w2 = torch.empty(R, C, dtype=y.dtype), torch.empty(C, R, dtype=y.dtype)
+    added, second = (None if residual == "none" else shortcut), (norm if residual == "norm" else None)
+    squeeze = SE(w1, w2, torch.empty(R, dtype=y.dtype), torch.empty(C, dtype=y.dtype), "relu", gate) if se else None
+    _, mask, *rest = tail_triton.tail_fwd(y, norm, squeeze, added, second, act)
+    kept = added if residual == "norm" or act == "silu" else None
+    saved = Saved(y, kept, *((w1, w2) if se else (None, None)), mask, *rest)
+    how = How(added is not None, training, training and second is not None, "", "", act, "relu", gate)
+    wanted = [True, added is not None, True, True, *[se] * 4, *[second is not None] * 2]
+    tail_triton.tail_bwd(dout, saved, how, wanted)
+
+
 @contextlib.contextmanager
-def _noted(launches: dict[tuple[Any, ...], Launch]) -> Iterator[None]:
+def _noted(launches: dict[tuple[Any, ...], Launch], *, everywhere: bool = True) -> Iterator[None]:
     def note(kernel: JITFunction, grid: Any) -> Any:
         def launch(*args: Any, num_warps: int) -> None:
-            noted = Launch(kernel, dict(zip((p.name for p in kernel.params), args, strict=True)), num_warps)
+            noted = Launch(kernel, dict(zip((p.name for p in kernel.params), args, strict=True)), num_warps, everywhere)
             launches.setdefault(noted.key, noted)
 
         return launch

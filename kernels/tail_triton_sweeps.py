@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from kernels.se_triton import _act, _act_bwd, _inside, _jit, _pointers
-from kernels.tail_triton_small import MEAN_ROW, SCALE_ROW, SHIFT_ROW, _not_negative, _row
+from kernels.tail_triton_small import MEAN_ROW, SCALE_ROW, SHIFT_ROW, _row
 
 INFINITY = tl.constexpr(float("inf"))
 # The largest float32 that rounds to 0 in the other types: half their smallest number
@@ -65,7 +65,7 @@ def _moments_kernel(
     o_part = (i_n * parts + i_k) * C + o_c
     tl.store(p_pivot + o_part, pivot, mask=m_c)
     tl.store(p_shift + o_part, shift, mask=m_c)
-    tl.store(p_m2 + o_part, _not_negative(tl.sum(acc_squared, 1) - total * shift), mask=m_c)
+    tl.store(p_m2 + o_part, tl.sum(acc_squared, 1) - total * shift, mask=m_c)
 
 
 @_jit
@@ -295,10 +295,11 @@ def _apply_bwd_kernel(
     )  # fmt: skip
     if DY != "none":
         dy = d * scale[:, None]
-        constant = tl.zeros((B_C,), dtype=tl.float32)
         if DY == "batch":
             dy += centred * _row(p_coefficients, o_c, m_c)[:, None]
-            constant += _row(p_coefficients + C, o_c, m_c)
+            constant = _row(p_coefficients + C, o_c, m_c)
+        else:
+            constant = tl.zeros((B_C,), dtype=tl.float32)
         if GATED:
             constant += _row(p_stats + SCALE_ROW * C, o_c, m_c) * _row(p_q + i_n * C, o_c, m_c)
         if DY == "batch" or GATED:
