@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,6 +23,11 @@ def _on_gpu(backend: str) -> object:
 ON_GPU = (_on_gpu("triton"), _on_gpu("cuda"))
 FUSED = ("cpu", *(ON_GPU if torch.cuda.is_available() else ("triton",)))
 TAILED = FUSED[:2] if torch.cuda.is_available() else FUSED  # the "cuda" backend has no tail
+
+
+def param(backend: Any, *others: object) -> object:
+    """(backend, *others) as one set of parameters, skipped where the backend's own would be."""
+    return pytest.param(*getattr(backend, "values", (backend,)), *others, marks=getattr(backend, "marks", ()))
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:

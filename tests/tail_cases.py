@@ -168,10 +168,19 @@ def assert_tail_as_accurate_as_eager(actual: dict[str, Tensor], tail: Tail) -> N
     for name, t in actual.items():
         assert t.dtype == eager[name].dtype, f"{name}: dtype {t.dtype}, eager has {eager[name].dtype}"
         assert t.shape == eager[name].shape, f"{name}: shape {t.shape}, eager has {eager[name].shape}"
-        if t.dtype in (torch.float32, torch.float64) or tail.y.numel() < FEW:
-            torch.testing.assert_close(t, exact[name].to(t.dtype), msg=lambda m, name=name: f"{name}: {m}")
-    groups = [[name] for name in ACTIVATIONS if name in actual] + [[n for n in actual if n not in ACTIVATIONS]]
-    for names in groups:
-        chosen = [{name: results[name] for name in names} for results in (actual, eager, exact)]
-        if tail.y.numel() >= FEW and tail.y.dtype != torch.float64:
-            assert_network_as_accurate_as_eager(*chosen)
+    for names in ([name] for name in ACTIVATIONS if name in actual):
+        _assert_group_as_accurate_as_eager(names, actual, eager, exact)
+    _assert_group_as_accurate_as_eager([n for n in actual if n not in ACTIVATIONS], actual, eager, exact)
+
+
+def _assert_group_as_accurate_as_eager(
+    names: list[str], actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
+    chosen = [{name: results[name] for name in names} for results in (actual, eager, exact)]
+    few = sum(actual[name].numel() for name in names) < FEW
+    for name in names:
+        if few or actual[name].dtype in (torch.float32, torch.float64):
+            expected = exact[name].to(actual[name].dtype)
+            torch.testing.assert_close(actual[name], expected, msg=lambda m, name=name: f"{name}: {m}")
+    if not few and actual[names[0]].dtype != torch.float64:
+        assert_network_as_accurate_as_eager(*chosen)

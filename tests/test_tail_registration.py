@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.residual_tail import SE, Norm, residual_tail
-from tests.backends import DEVICES, TAILED, watch
+from tests.backends import DEVICES, TAILED, param, watch
 from tests.tail_cases import Tail, make_tail, value_and_gradients
 
 SHAPE = (3, 16, 4, 5, 2)
@@ -33,11 +34,16 @@ def operator_arguments(tail: Tail, backend: str) -> tuple:
     return tail.y, tail.residual, *parameters, *given, *options
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("options", TAILS.values(), ids=TAILS.keys())
-@pytest.mark.parametrize("backend", TAILED)
+@pytest.mark.parametrize(
+    ("backend", "options", "training"),
+    # Triton's interpreter is slow, and what opcheck looks at is the same for every backend
+    [
+        *itertools.product(("cpu",), TAILS, (True, False)),
+        *(param(b, "norm_se_add_norm_silu", True) for b in TAILED if b != "cpu"),
+    ],
+)
 def test_opcheck(backend, options, training):
-    tail = make_tail(SHAPE, torch.float32, backend, training=training, **options).leaves()
+    tail = make_tail(SHAPE, torch.float32, backend, training=training, **TAILS[options]).leaves()
     arguments = operator_arguments(tail, backend)
     torch.library.opcheck(torch.ops.kernels.tail_fwd, arguments)
     with torch.no_grad():
@@ -49,7 +55,7 @@ def test_opcheck(backend, options, training):
     names = ("relu", "sigmoid") if tail.se is None else tail.se[4:]
     there = set(tail.differentiable())
     every = [n in there for n in ("y", "residual", "weight", "bias", "w1", "b1", "w2", "b2", "weight2", "bias2")]
-    for mask in (every, [True] + [False] * 9, [False, False, True] + [False] * 7):
+    for mask in (every, [False, False, True] + [False] * 7):
         torch.library.opcheck(torch.ops.kernels.tail_bwd, (*inputs, *saved, *norms, *names, backend, mask))
 
 
