@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from kernels import squeeze_excite
 from tests.accuracy import assert_as_accurate_as_eager
-from tests.backends import DEVICES
+from tests.backends import DEVICES, param
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 HALF_TYPES = (torch.bfloat16, torch.float16)
+# (dtype, layout): each with each, and where that is slow, as in Triton's interpreter, each at least once
+DTYPES_AND_LAYOUTS = list(itertools.product((torch.float32, *HALF_TYPES), LAYOUTS))
+SOME_DTYPES_AND_LAYOUTS = [
+    (d, layout) for d, layout in DTYPES_AND_LAYOUTS if (d == torch.float16) == (layout == "contiguous")
+]
 NAMES = ("out", "dx", "dw1", "dw2", "db1", "db2")
+
+
+def in_dtypes_and_layouts(backends: Iterable[object]) -> list[object]:
+    """Parameters (backend, dtype, layout)."""
+    return [
+        param(backend, dtype, layout)
+        for backend in backends
+        for dtype, layout in (SOME_DTYPES_AND_LAYOUTS if backend == "triton" else DTYPES_AND_LAYOUTS)
+    ]
 
 
 def make_inputs(

@@ -13,7 +13,7 @@ from kernels import BackendUnavailable
 from kernels.residual_tail import SE, Norm, residual_tail
 from tests import tail_formula
 from tests.backends import DEVICES, TAIL_MODULES, TAILED, param, watch
-from tests.se_cases import HALF_TYPES, LAYOUTS
+from tests.se_cases import LAYOUTS, in_dtypes_and_layouts
 from tests.tail_cases import Tail, check_parity, make_tail, value_and_gradients
 
 TAILS: dict[str, dict[str, Any]] = {
@@ -39,13 +39,6 @@ SHAPES = {  # (N, C, H, W, R)
     "several_blocks": (2, 272, 13, 11, 40),
 }
 PLAIN = (4, 64, 7, 6, 8)
-# Triton's interpreter is slow: each dtype and each layout, and not each with each
-WAYS = [
-    param(backend, dtype, layout)
-    for backend in TAILED
-    for dtype, layout in itertools.product((torch.float32, *HALF_TYPES), LAYOUTS)
-    if backend != "triton" or (dtype == torch.float16) == (layout == "contiguous")
-]
 
 
 @pytest.fixture
@@ -55,7 +48,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS.keys())
-@pytest.mark.parametrize(("backend", "dtype", "layout"), WAYS)
+@pytest.mark.parametrize(("backend", "dtype", "layout"), in_dtypes_and_layouts(TAILED), ids=str)
 def test_values_gradients_and_running_statistics(backend, tail, training, dtype, layout, ran):
     actual = check_parity(make_tail(PLAIN, dtype, backend, layout=layout, training=training, **tail), backend)
     assert ran == [f"tail_fwd:{backend}", f"tail_bwd:{backend}"]
@@ -63,10 +56,17 @@ def test_values_gradients_and_running_statistics(backend, tail, training, dtype,
         assert actual[name].is_contiguous(memory_format=LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tail", ("norm_relu", "norm_se_add_relu", "norm_se_add_norm_relu"))
+@pytest.mark.parametrize(
+    ("backend", "tail", "layout"),
+    [
+        param(backend, tail, layout)
+        for backend in TAILED
+        for tail, layout in itertools.product(("norm_relu", "norm_se_add_relu", "norm_se_add_norm_relu"), LAYOUTS)
+        # the interpreter is slow
+        if backend != "triton" or (tail == "norm_se_add_relu") == (layout == "contiguous")
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("backend", TAILED)
 def test_shapes(backend, shape, tail, layout):
     check_parity(make_tail(shape, torch.float32, backend, layout=layout, **TAILS[tail]), backend)
 
@@ -273,7 +273,7 @@ def poisoned():
 @pytest.mark.parametrize("tail", ("norm_relu", "norm_se_add_norm_relu", "norm_se_add_silu"))
 @pytest.mark.parametrize(
     ("backend", "shape"),
-    [("cpu", "odd"), ("cpu", "one_pixel"), ("cpu", "one_column"), *((b, "odd") for b in TAILED[1:])],
+    [*(param(b, "odd") for b in TAILED), param("cpu", "one_pixel"), param("cpu", "one_column")],
 )
 def test_no_memory_is_read_that_was_not_written(backend, shape, tail, layout, poisoned):
     check_parity(make_tail(SHAPES[shape], torch.float32, backend, layout=layout, **TAILS[tail]), backend)
@@ -348,7 +348,7 @@ def test_the_cuda_backend_has_no_tail():
 
 @pytest.mark.parametrize("parameters", (None, torch.float32), ids=("half_parameters", "float32_parameters"))
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [*(("cpu", d) for d in HALF_TYPES), *((b, torch.bfloat16) for b in TAILED[1:])]
+    ("backend", "dtype"), [*(param(b, torch.bfloat16) for b in TAILED), param("cpu", torch.float16)]
 )
 def test_se_resnet_stage(backend, dtype, parameters):
     """Stage 4 cut down in samples and in R, both ways that a model holds its parameters."""

@@ -11,7 +11,16 @@ import torch
 import kernels
 from kernels import BackendUnavailable, SEBlock, se_triton, squeeze_excite
 from tests.backends import DEVICES, FUSED, MODULES, ON_GPU, watch
-from tests.se_cases import HALF_TYPES, LAYOUTS, NAMES, check_parity, far_apart, make_inputs, value_and_gradients
+from tests.se_cases import (
+    HALF_TYPES,
+    LAYOUTS,
+    NAMES,
+    check_parity,
+    far_apart,
+    in_dtypes_and_layouts,
+    make_inputs,
+    value_and_gradients,
+)
 
 # (N, C, H, W, R): the four stages of SE-ResNet50 cut down in N and HW, and odd ones
 STAGES = {
@@ -40,10 +49,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return watch(monkeypatch)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", (torch.float32, *HALF_TYPES), ids=str)
+@pytest.mark.parametrize(("backend", "dtype", "layout"), in_dtypes_and_layouts(FUSED), ids=str)
 @pytest.mark.parametrize("shape", (STAGES | ODD).values(), ids=(STAGES | ODD).keys())
-@pytest.mark.parametrize("backend", FUSED)
 def test_values_and_every_gradient(backend, shape, dtype, layout, ran):
     inputs, dout = make_inputs(shape, dtype, backend, layout=layout)
     actual = check_parity(inputs, dout, backend)
