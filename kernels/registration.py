@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("kernels", "DEF")
 Operator = Callable[..., tuple[Tensor, ...]]
+# What the arguments of an operator are, unless a subclass of Tensor watches what is done to it
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
 def register(
@@ -35,14 +37,23 @@ def register(
     op = getattr(torch.ops.kernels, name)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernels::{name}", fake, lib=LIBRARY)
-    plain, transformed = _functions(name, op, setup_context or _nothing_saved, backward or _no_second_derivative)
+    setup, derivative = setup_context or _nothing_saved, backward or _no_second_derivative
 
-    def with_autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return plain.apply(*args)
-        return _below_autograd(op, args)
+    def below_autograd(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    def below_autocast(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._DisableAutocast():
+            return implementation(*args)
+
+    with_autograd = _differentiable(name, below_autograd, setup, derivative)
+    at_once = _differentiable(name, below_autocast, setup, derivative)
+    transformed = _transformable(name, op, setup, derivative)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
+        if _unobserved(args):
+            return at_once(*args)
         # torch.func's transforms do not see a registered formula, and take an autograd.Function
         outputs: tuple[Tensor, ...] = (transformed.apply if torch._C._are_functorch_transforms_active() else op)(*args)
         return outputs
@@ -63,21 +74,50 @@ def _has_tangent(t: Tensor | None) -> bool:
     return t is not None and forward_ad.unpack_dual(t).tangent is not None
 
 
-def _functions(
-    name: str, op: Operator, setup: Callable[..., None], derivative: Callable[..., Any]
-) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    class Plain(torch.autograd.Function):
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but autograd and autocast would see a call of the operator.
+
+    PyTorch's dispatcher would then go through Python twice with two dozen arguments, which takes longer than the work
+    on a small activation, and arrive at the same implementation.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, args))
+    )
+
+
+def _differentiable(name: str, run: Operator, setup: Callable[..., None], derivative: Callable[..., Any]) -> Operator:
+    """``run`` with its derivative, where one is asked for."""
+
+    class Function(torch.autograd.Function):
         backward = staticmethod(derivative)
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            outputs = _below_autograd(op, args)
+            outputs = run(*args)
             setup(ctx, args, outputs)
             return outputs
 
-    class Transformed(torch.autograd.Function):
-        """The form that torch.func's transforms take; vmap runs it one by one."""
+    Function.__name__ = Function.__qualname__ = name  # what a printed grad_fn says
 
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = (Function.apply if torch.is_grad_enabled() else run)(*args)
+        return outputs
+
+    return call
+
+
+def _transformable(
+    name: str, op: Operator, setup: Callable[..., None], derivative: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The form that torch.func's transforms take; vmap runs it one by one."""
+
+    class Function(torch.autograd.Function):
         generate_vmap_rule = True
         setup_context = staticmethod(setup)
         backward = staticmethod(derivative)
@@ -86,9 +126,8 @@ def _functions(
         def forward(*args: Any) -> tuple[Tensor, ...]:
             return op(*args)
 
-    Plain.__name__ = Plain.__qualname__ = name  # what a printed grad_fn says
-    Transformed.__name__ = Transformed.__qualname__ = name
-    return Plain, Transformed
+    Function.__name__ = Function.__qualname__ = name
+    return Function
 
 
 def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,11 +136,6 @@ def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError("a fused backward pass is not differentiable: for second derivatives use backend='eager'")
-
-
-def _below_autograd(op: Operator, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def _without_autocast(op: Operator, device_type: str) -> Operator:

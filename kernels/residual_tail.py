@@ -183,8 +183,12 @@ def _given(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
 
 def _update(norm: Norm, stats: Tensor) -> None:
     if norm.training and norm.running_mean is not None and norm.running_var is not None:
-        for running, row in ((norm.running_mean, MEAN), (norm.running_var, UNBIASED_VAR)):
-            running.lerp_(stats[row].to(running.dtype), norm.momentum)
+        running = [norm.running_mean, norm.running_var]
+        batch = [stats[row].to(running[0].dtype) for row in (MEAN, UNBIASED_VAR)]
+        if isinstance(norm.momentum, Tensor):
+            torch._foreach_lerp_(running, batch, [norm.momentum, norm.momentum])
+        else:
+            torch._foreach_lerp_(running, batch, norm.momentum)
 
 
 def _check(y: Tensor, norm: Norm, se: SE | None, residual: Tensor | None, residual_norm: Norm | None, act: str) -> None:
@@ -271,7 +275,8 @@ def backend_module(backend: str) -> ModuleType:
 
 def memory_format(y: Tensor) -> torch.memory_format:
     """Of what the operator writes: channels-last where a pixel's channels are neighbours in y, else contiguous."""
-    last = y.shape[1] > 1 and y.stride(1) == 1 and not y.is_contiguous()
+    C, H, W = y.shape[1:]
+    last = C > 1 and y.stride(1) == 1 and (H * W == 1 or not y.is_contiguous())
     return torch.channels_last if last else torch.contiguous_format
 
 
