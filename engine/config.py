@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
 from engine.models import MODEL_NAMES
@@ -59,9 +60,19 @@ class Config:
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
     sampling: str = _flag(
         "inverse",
-        "inverse: every class is drawn equally often; none: every image once an epoch",
-        choices=("inverse", "none"),
+        "weight by which an image is drawn, of the number c of images in its class: none, 1; inverse, 1/c; sqrt, "
+        "1/sqrt(c); power, 1/c^alpha; effective, (1-beta)/(1-beta^c); or column: the manifest's column 'weight'",
+        choices=SAMPLINGS,
     )
+    sampling_alpha: float = _flag(0.5, "exponent of --sampling power", type=float)
+    sampling_beta: float = _flag(0.999, "beta of --sampling effective", type=float)
+    epoch_size: str = _flag(
+        "data",
+        "images an epoch draws: data, as many as there are; over (oversampling), so many that each is expected at "
+        "least once; under (undersampling), so many that none is expected more than once",
+        choices=EPOCH_SIZES,
+    )
+    replacement: bool | None = _flag(None, "draw with replacement; by default unless --sampling is none", switch=True)
     aug_prob: float = _flag(
         0.3, "probability of each of rotation, affine and colour jitter; 0 turns them off", type=float
     )

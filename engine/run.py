@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,22 @@ class RunDirectory:
         writer.writerows(history)
         self._write_text("summary.csv", text.getvalue())
         self._write_events(history[-1])
+
+    def write_draws(self, epoch: int, class_names: Sequence[str], columns: Mapping[str, Sequence[float]]) -> None:
+        """Writes sampling.csv: for each epoch a row a class, the epoch's rows in place of any that it had before.
+
+        ``columns`` have a value a class each and the same names in every epoch.
+        """
+        path = self.path / "sampling.csv"
+        header = ["epoch", "class", *columns]
+        rows: list[list[Any]] = []
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as lines:
+                rows = [row for row in list(csv.reader(lines))[1:] if int(row[0]) < epoch]
+        rows += [[epoch, *values] for values in zip(class_names, *columns.values(), strict=True)]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        self._write_text("sampling.csv", text.getvalue())
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")

@@ -87,6 +87,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         improved = best is None or _is_better(row, best, config.eval_metric)
         if best is None or improved:
             best = row
+        _write_draws(run_dir, epoch, splits.train, train_loader)
         _save(run_dir, config, splits, training, history, best, improved)
         print(_epoch_line(row, config, improved))
 
@@ -179,7 +180,14 @@ def _build(
         dtype=precision.input_dtype,
         training=True,
         sampler=WeightedSampler(
-            splits.train.labels, len(splits.train.class_names), weighting=config.sampling, seed=config.seed
+            splits.train.labels,
+            len(splits.train.class_names),
+            sampling=config.sampling,
+            seed=config.seed,
+            alpha=config.sampling_alpha,
+            beta=config.sampling_beta,
+            epoch_size=config.epoch_size,
+            replacement=config.replacement,
         ),
         augmentation=Augmentation(probability=config.aug_prob, hflip=config.hflip),
         seed=config.seed,
@@ -237,6 +245,17 @@ def _save(
         run_dir.save_epoch(history[-1]["epoch"], weights)
     save_checkpoint(run_dir.last, {**state, **about, "history": history, "best": best, "data": _fingerprint(splits)})
     run_dir.write_history(history)
+
+
+def _write_draws(run_dir: RunDirectory, epoch: int, samples: Samples, loader: DaliLoader) -> None:
+    """What the sampler's weights made of the classes in this epoch."""
+    assert loader.sampler is not None, "a training loader has one"
+    columns = {
+        "images": samples.class_counts().tolist(),
+        "expected": loader.sampler.expected().round(3).tolist(),
+        "drawn": loader.sampler.histogram(epoch).tolist(),
+    }
+    run_dir.write_draws(epoch, samples.class_names, columns)
 
 
 def _fingerprint(splits: Splits) -> dict[str, str]:

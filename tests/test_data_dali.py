@@ -25,7 +25,7 @@ def samples(tmp_path_factory) -> Samples:
 
 
 def training_loader(samples, **options):
-    sampler = WeightedSampler(samples.labels, 3, weighting="inverse", seed=5)
+    sampler = WeightedSampler(samples.labels, 3, sampling="inverse", seed=5)
     return make_loader(samples, **({"training": True, "sampler": sampler, "augmentation": Augmentation()} | options))
 
 

@@ -93,7 +93,7 @@ class DaliLoader:
         self.dtype = dtype
         self.training = training
         if training and sampler is None:
-            sampler = WeightedSampler(samples.labels, len(samples.class_names), weighting="none", seed=seed)
+            sampler = WeightedSampler(samples.labels, len(samples.class_names), sampling="none", seed=seed)
         self.sampler = sampler if training else None
         self.augmentation = augmentation if training else None
         self.seed = seed
@@ -106,8 +106,8 @@ class DaliLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        if self.training:
-            return max(1, len(self.data) // self.batch_size)
+        if self.sampler is not None:
+            return max(1, len(self.sampler) // self.batch_size)
         return math.ceil(len(self.data) / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

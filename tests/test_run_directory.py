@@ -1,0 +1,26 @@
+"""`engine.run.RunDirectory`: what it writes when epochs are repeated."""
+
+from __future__ import annotations
+
+import csv
+
+from engine.config import Config
+from engine.run import RunDirectory
+
+
+def test_an_epoch_that_is_repeated_has_its_draws_once(tmp_path):
+    run = RunDirectory.create(Config(output=str(tmp_path / "run")))
+    names = ("cat, small", "dog")
+    for epoch, drawn in ((0, (5, 5)), (1, (4, 6)), (2, (0, 0)), (1, (3, 7)), (2, (6, 4))):
+        run.write_draws(epoch, names, {"images": (8, 2), "expected": (5.0, 5.0), "drawn": drawn})
+    with (run.path / "sampling.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "class", "images", "expected", "drawn"]
+    assert [(row["epoch"], row["class"], row["drawn"]) for row in rows] == [
+        ("0", "cat, small", "5"),
+        ("0", "dog", "5"),
+        ("1", "cat, small", "3"),
+        ("1", "dog", "7"),
+        ("2", "cat, small", "6"),
+        ("2", "dog", "4"),
+    ]
