@@ -91,6 +91,10 @@ class Config:
     warmup_epochs: int = _flag(3, "epochs of linear warm-up", type=int)
     min_lr: float = _flag(1e-6, "learning rate that the cosine ends at", type=float)
     smoothing: float = _flag(0.1, "label smoothing", type=float)
+    mixup: float = _flag(0.0, "alpha of MixUp; 0: off", type=float)
+    cutmix: float = _flag(0.0, "alpha of CutMix; 0: off", type=float)
+    mixup_prob: float = _flag(1.0, "probability that a batch is mixed, where --mixup or --cutmix is on", type=float)
+    mixup_switch_prob: float = _flag(0.5, "probability of CutMix for a mixed batch, where both are on", type=float)
     class_weights: str = _flag(
         "none",
         "balanced: weigh the loss of a class by 1 / its count, as scikit-learn does",

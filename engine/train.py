@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.evaluate import make_eval_loader, open_data, score
 from engine.fusion import fuse
 from engine.metrics import check_metric_name, format_report, metric_is_better
+from engine.mixing import Mixing
 from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
@@ -62,6 +63,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     training, criterion, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
+    mixing = _mixing(config, len(splits.train.class_names))
     history: list[Row] = []
     best: Row | None = None
     if checkpoint is not None:
@@ -75,7 +77,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     for epoch in range(len(history), config.epochs):
         if _has_stopped_early(config, history, best):
             break
-        stats = train_epoch(training, criterion, train_loader, epoch, config, precision)
+        stats = train_epoch(training, criterion, train_loader, epoch, config, precision, mixing)
         if not math.isfinite(stats["train_loss"]):
             raise UserError(
                 f"the loss became {stats['train_loss']} in epoch {epoch}; lower --lr, set --clip-grad or use "
@@ -101,7 +103,13 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 
 
 def train_epoch(
-    training: Training, criterion: nn.Module, loader: DaliLoader, epoch: int, config: Config, precision: Precision
+    training: Training,
+    criterion: nn.Module,
+    loader: DaliLoader,
+    epoch: int,
+    config: Config,
+    precision: Precision,
+    mixing: Mixing | None = None,
 ) -> Row:
     """One pass over the loader. Inside the loop the host never waits for the device."""
     model, optimizer, scaler = training.model.train(), training.optimizer, training.scaler
@@ -112,14 +120,16 @@ def train_epoch(
     with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=None) as bar:
         for step in range(steps):
             asked = time.perf_counter()
-            images, labels = next(batches)
+            images, targets = next(batches)
             waited += time.perf_counter() - asked
+            if mixing:
+                images, targets = mixing(images, targets, epoch, step)
 
             # the last group of an epoch may hold fewer batches
             group_start = step - step % config.grad_accum_steps
             group = min(config.grad_accum_steps, steps - group_start)
             with precision.autocast():
-                loss = criterion(model(images), labels)
+                loss = criterion(model(images), targets)
             scaler.scale(loss / group).backward()
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
 
@@ -132,7 +142,7 @@ def train_epoch(
                 optimizer.zero_grad(set_to_none=True)
                 training.schedule.step()
 
-            images_seen += len(labels)
+            images_seen += len(targets)
             seconds = time.perf_counter() - began
             bar.update()
             bar.set_postfix_str(f"{images_seen / seconds:.0f} img/s, data wait {waited / seconds:.0%}", refresh=False)
@@ -145,6 +155,17 @@ def train_epoch(
         "data_wait": waited / seconds,
         "seconds": seconds,
     }
+
+
+def _mixing(config: Config, num_classes: int) -> Mixing:
+    return Mixing(
+        num_classes,
+        config.seed,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+    )
 
 
 def _checked_data(config: Config) -> Splits:
