@@ -3,10 +3,10 @@
     python -m benchmarks.compile_audit [--arch 80 90 ...] [--widest] [--cu DIR] [--output FILE.md] [--json FILE]
 
 Triton: the kernels of the SE block and of the residual tail, in the configurations of `triton_launches`; of the tail
-every one for sm_90, and for the others the widest training tails, which are what networks launch. CUDA C++: each kernel
-of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory and the widest
-global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy is what the limits of the
-CUDA programming guide allow.
+every one for sm_90, and for the others the widest training tails in each dtype, which are what networks launch. CUDA
+C++: each kernel of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory
+and the widest global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy is what the
+limits of the CUDA programming guide allow.
 
 The exit status is 1 when a kernel spills, or when an aligned half-precision sweep makes no 128-bit access.
 """
@@ -238,7 +238,7 @@ def _shortened(name: str) -> str:
 def audit(architectures: Sequence[int], cu_folder: Path, jobs: int, launches: Sequence[Launch]) -> list[Row]:
     """Every launch, and every kernel of the folder's .cu files, on every architecture."""
     sources = sorted(cu_folder.glob("*.cu")) if shutil.which("nvcc") else []
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         cuda = pool.map(audit_cuda, *zip(*itertools.product(architectures, sources), strict=True)) if sources else ()
         compiled = [
             (arch, x) for arch in architectures for x in launches if x.everywhere or arch == EVERY_CONFIGURATION
@@ -306,8 +306,8 @@ def report(rows: Sequence[Row], cu_folder: Path) -> str:
         f"torch {torch.__version__}.\n{cuda}\n\n"
         f"{len(rows)} compilations; spilling: {sum(bool(row.local or row.local_accesses) for row in rows)}; "
         f"faults: {len(faults)}.\n"
-        f"Of the residual tail every configuration for sm_{EVERY_CONFIGURATION}, and the widest training tails for the "
-        "others.\n"
+        f"Of the residual tail every configuration for sm_{EVERY_CONFIGURATION}, and the widest training tails, in "
+        "each dtype, for the others.\n"
         "Of a kernel's configurations the least wide access is shown. Registers are a thread's, shared memory a "
         "block's.\n\n" + table(rows)
     )

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import se_triton, tail_triton
+from kernels import se_triton, tail_triton, triton_tiles
 from kernels.reference import ACTIVATIONS, GATES
 from kernels.residual_tail import SE, TAIL_ACTIVATIONS, FixedNorm, How, Saved
 
@@ -74,7 +74,7 @@ class Launch:
             name = "pool dout*x" if self.constants["WITH_DOUT"] else "pool x"
         elif name == "scale":
             name = "scale out = in*gate" + (" + q" if self.constants["WITH_Q"] else "")
-        if self.kernel.__module__ in TAIL_MODULES:
+        if self.kernel.__module__ in TAIL_MODULES or self.constants.get("NORMED"):
             name = f"tail {name}"
         order = next((self.constants[key] for key in ("X_ORDER", "O_ORDER", "ORDER") if key in self.constants), None)
         return f"{name}, {order}" if order else name
@@ -120,7 +120,7 @@ FLOAT32_ALWAYS = {
     *("p_shift", "p_m2", "p_stats", "p_stats2", "p_u", "p_u2", "p_coefficients", "p_coefficients2", "p_deviation"),
     *("p_weight", "p_bias", "p_dweight", "p_dbias", "p_mask"),
 }
-TAIL_MODULES = ("kernels.tail_triton", "kernels.tail_triton_small", "kernels.tail_triton_sweeps")
+TAIL_MODULES = ("kernels.tail_triton_small", "kernels.tail_triton_sweeps")
 
 
 def _launch_of_key(key: tuple[Any, ...]) -> Launch:
@@ -144,7 +144,7 @@ def _launches() -> dict[tuple[Any, ...], Launch]:
         _launch_blocks()
     noted = {_sweep_key(launch) for launch in launches.values() if launch.kernel.__name__ in SWEEPS}
     assert noted == _every_sweep(), sorted(map(str, noted ^ _every_sweep()))
-    for dtype in se_triton.DTYPES:
+    for dtype in triton_tiles.DTYPES:
         with _noted(launches):
             _launch_widest_tails(dtype)
         with _noted(launches, everywhere=False):
@@ -156,7 +156,7 @@ def _launches() -> dict[tuple[Any, ...], Launch]:
 
 
 def _launch_blocks() -> None:
-    for dtype in se_triton.DTYPES:
+    for dtype in triton_tiles.DTYPES:
         for x, other in _layouts(dtype):
             weights = torch.empty(16, x.shape[1]), None, torch.empty(x.shape[1], 16), None
             _, pooled, hidden, gate = se_triton.se_fwd(x, *weights, "relu", "sigmoid")
@@ -268,9 +268,9 @@ def _sweep_key(launch: Launch) -> tuple[Any, ...]:
 def _every_sweep() -> set[tuple[Any, ...]]:
     """What the tables of the launch code allow."""
     every = set()
-    for kernel, dtype, flag in itertools.product(SWEEPS, se_triton.DTYPES, (False, True)):
+    for kernel, dtype, flag in itertools.product(SWEEPS, triton_tiles.DTYPES, (False, True)):
         for order, sides in se_triton.SIDES.items():
-            for side, other, vector in itertools.product(sides, (order, "any"), se_triton.VECTORS):
+            for side, other, vector in itertools.product(sides, (order, "any"), triton_tiles.VECTORS):
                 fits = vector * dtype.itemsize <= 16 and (vector == 1 or order == other != "any")
                 alone = kernel == "_pool_kernel" and not flag
                 if fits and not (alone and other != order):

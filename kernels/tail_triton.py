@@ -2,12 +2,10 @@
 
     forward    moments       mean (in two parts), m2 [n,k,c] of the k-th stretch of HW         reads y
                statistics    the rows of `kernels.statistics`, merged from all stretches
-               squeeze       deviation, pooled;  slice[n,j,r] = W1 pooled over the j-th slice of C       with SE
-               fc2           hidden = sum_j slice + b1;  gate = g(W2 act(hidden) + b2)                   with SE
+               fc1, fc2      deviation, pooled, hidden, gate: `kernels.triton_products`       with SE
                apply         out = act((y - mu) * A + B + residual)                        reads y, residual, writes out
     backward   sums          T, U [n,k,c] = sum of d, of d * (y - mu)                       reads dout, bits, y
-               excite_bwd    dz = ds * g'(gate);  slice[n,j,r] = dz W2 over the j-th slice of C          with SE
-               fc1_bwd, weights (twice)      as in `kernels.se_triton`                                   with SE
+               fc2_bwd, weights, fc1_bwd, weights     the weights' gradients, and q            with SE
                coefficients  dweight, dbias, and what the statistics pass on to each dy
                apply_bwd     dy = A * d + Q * (y - mu) + E;  dresidual      reads dout, bits, y, writes dy, dresidual
 
@@ -20,7 +18,7 @@ large kernels read parameters only as rows of float32 statistics. The sign of a 
 from y, by the same instructions as in the forward pass. Tiles lie as `out` does, in `memory_format(y)`, so that eight
 neighbours along its contiguous dimension make a byte of the mask; tensors that lie otherwise are read by their strides.
 
-Names, tiles and the finite number of kernels: `kernels.se_triton`. Formulas: `kernels.residual_tail`.
+Names, tiles and the finite number of kernels: `kernels.triton_tiles`. Formulas: `kernels.residual_tail`.
 """
 
 from __future__ import annotations
@@ -32,20 +30,6 @@ import triton
 from torch import Tensor
 
 from kernels.residual_tail import SE, FixedNorm, How, Saved, mask_shape, memory_format
-from kernels.se_triton import (
-    BLOCK_C,
-    BLOCK_R,
-    ROWS,
-    SLICE,
-    _fc1_bwd_kernel,
-    _fc2_kernel,
-    _order,
-    _readable,
-    _strides,
-    _vector,
-    _weight_grad,
-    _with_biases,
-)
 from kernels.statistics import (
     INVSTD,
     MEAN,
@@ -57,13 +41,10 @@ from kernels.statistics import (
     sum_over_ranks,
 )
 from kernels.statistics import ROWS as STATISTICS
-from kernels.tail_triton_small import (
-    _coefficients_kernel,
-    _excite_bwd_kernel,
-    _squeeze_kernel,
-    _statistics_kernel,
-)
+from kernels.tail_triton_small import _coefficients_kernel, _statistics_kernel
 from kernels.tail_triton_sweeps import _apply_bwd_kernel, _apply_kernel, _moments_kernel, _sums_kernel
+from kernels.triton_products import Normed, excite, excite_bwd
+from kernels.triton_tiles import Plan, _order, _stretches, _strides, _vector, _warps
 
 SIDE = 64  # of a tile along the contiguous dimension: a whole line of the cache in half precision
 # Bytes of a tile, two and four accesses a thread; sums hold a register for every element of theirs
@@ -78,7 +59,7 @@ def tail_fwd(
     y: Tensor, norm: FixedNorm, se: SE | None, residual: Tensor | None, residual_norm: FixedNorm | None, act: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, mask, stats, stats2, deviation, pooled, hidden, gate, as `kernels.residual_tail` describes them."""
-    N, C, _, _ = y.shape
+    C = y.shape[1]
     out = torch.empty_like(y, memory_format=memory_format(y))
     masked = act == "relu" and residual is not None
     mask = y.new_empty(mask_shape(y) if masked else (0,), dtype=torch.uint8)
@@ -88,7 +69,10 @@ def tail_fwd(
         moments = _moments(y) if se is not None or norm.mean is None else None
         stats = _statistics(moments, norm, C)
         if se is not None and moments is not None:
-            deviation, pooled, hidden, gate = _excite(moments, stats, se, N)
+            normed = Normed(moments.shift, stats, moments.stretch)
+            deviation, pooled, hidden, gate = excite(
+                moments.pivot, moments.HW, se.w1, se.b1, se.w2, se.b2, se.act, se.gate, normed
+            )
         if residual is not None and residual_norm is not None:
             stats2 = _statistics(_moments(residual) if residual_norm.mean is None else None, residual_norm, C)
         _apply(y, residual, stats, stats2, gate, out, mask, act)
@@ -107,14 +91,16 @@ def tail_bwd(dout: Tensor, saved: Saved, how: How, output_mask: list[bool]) -> t
         torch.empty_like(y, memory_format=like_y) if wanted else y.new_empty(0) for wanted in output_mask[:2]
     )
     q, dweight, dbias, dweight2, dbias2 = [stats.new_empty(0)] * 5
-    weights: tuple[Tensor, ...] = (q,) * 4
+    weights = [q] * 4
     coefficients = coefficients2 = None
     with torch.cuda.device_of(y):
         if with_sums or with_sums2:
             sums = _sums(dout, saved, how, with_sums2)
             if saved.w1 is not None and saved.w2 is not None and with_sums:
                 with_q = with_dy or with_dweight or with_dbias
-                weights, q = _excite_bwd(sums, saved, saved.w1, saved.w2, how, output_mask[4:8], with_q)
+                excitation = saved.w1, saved.w2, saved.pooled, saved.hidden, saved.gate, how.se_act, how.gate_fn
+                HW, normed = y.shape[2] * y.shape[3], Normed(sums.t, stats)
+                *weights, q = excite_bwd(sums.u, HW, *excitation, output_mask[4:8], with_q, normed)
             if with_dweight or with_dbias or (with_dy and how.training):
                 per_sample = (saved.gate, q, saved.deviation) if se else None
                 group = how.group if how.training and with_dy else ""
@@ -147,54 +133,34 @@ class Sums(NamedTuple):
     u2: Tensor
 
 
-class Plan(NamedTuple):
-    """How a sweep's tile lies over its tensors: in ``order``, and what it reads by ``in_order``."""
-
-    order: str
-    in_order: str
-    vector: int
-    b_p: int
-    b_c: int
-
-
 def _plan(order: str, tensors: list[Tensor], tile_bytes: int) -> Plan:
-    alike = all(_order(t) == order for t in tensors)
-    vector = _vector(order, tensors) if alike else 1
-    tile = tile_bytes // tensors[0].element_size()
+    """The tile lies in ``order``; tensors that do not all lie so are met through their strides alone."""
+    in_order = order if all(_order(t) == order for t in tensors) else "any"
+    vector = _vector(in_order, tensors)
+    itemsize = tensors[0].element_size()
+    tile = tile_bytes // itemsize
     b_p, b_c = (tile // SIDE, SIDE) if order == "channels" else (SIDE, tile // SIDE)
-    return Plan(order, order if alike else "any", vector, b_p, b_c)
+    return Plan(order, in_order, vector, b_p, b_c, _warps(in_order, vector, itemsize))
 
 
 def _order_of_out(y: Tensor) -> str:
     return "channels" if memory_format(y) == torch.channels_last else "pixels"
 
 
-def _warps(plan: Plan, itemsize: int) -> int:
-    """An address for every few elements takes registers: without 16-byte accesses more threads share a tile."""
-    if plan.in_order == "any":
-        return 16
-    return 4 if plan.vector * itemsize == 16 else 8
-
-
-def _stretches(x: Tensor, plan: Plan) -> tuple[int, int]:
-    """Into how many parts HW is cut for a sum, and of how many pixels each is."""
-    N, C, H, W = x.shape
-    programs = min(PROGRAMS // (N * triton.cdiv(C, plan.b_c)), MERGED // N)
-    parts = max(1, min(programs, triton.cdiv(H * W, 4 * plan.b_p)))
-    # whole tiles, so that a stretch starts where a vector may
-    stretch = triton.cdiv(triton.cdiv(H * W, parts), plan.b_p) * plan.b_p
-    return triton.cdiv(H * W, stretch), stretch
+def _programs(N: int, C: int, plan: Plan) -> int:
+    """How many parts of HW a summing sweep may be cut into."""
+    return min(PROGRAMS // (N * triton.cdiv(C, plan.b_c)), MERGED // N)
 
 
 def _moments(x: Tensor) -> Moments:
     N, C, H, W = x.shape
     order = _order(x)
     plan = _plan(order, [x], SUMMED_TILE)
-    parts, stretch = _stretches(x, plan)
+    parts, stretch = _stretches(x, plan, _programs(N, C, plan))
     pivot, shift, m2 = x.new_empty((3, N, parts, C), dtype=torch.float32)
     _moments_kernel[(N * parts * triton.cdiv(C, plan.b_c),)](
         x, pivot, shift, m2, C, H * W, W, parts, stretch, *_strides(x),
-        order, *plan[2:], num_warps=_warps(plan, x.element_size()),
+        order, *plan.constants, num_warps=plan.warps,
     )  # fmt: skip
     return Moments(pivot, shift, m2, stretch, H * W)
 
@@ -230,26 +196,6 @@ def _affine(norm: FixedNorm, like: Tensor) -> tuple[Tensor | None, Tensor | None
     return weight.float().contiguous(), bias.float().contiguous()
 
 
-def _excite(moments: Moments, stats: Tensor, se: SE, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """deviation, pooled (N, C), hidden (N, R) and gate (N, C)."""
-    R, C = se.w1.shape
-    slices, rows = triton.cdiv(C, SLICE), triton.cdiv(N, ROWS)
-    deviation, pooled, gate = stats.new_empty((N, C)), stats.new_empty((N, C)), stats.new_empty((N, C))
-    hidden, part_r = stats.new_empty((N, R)), stats.new_empty((N, slices, R))
-    w1 = _readable(se.w1)
-    w2, b1, b2 = _with_biases(se.w2, se.b1, se.b2)
-    _squeeze_kernel[(triton.cdiv(R, BLOCK_R), rows, slices)](
-        moments.pivot, moments.shift, stats, w1, deviation, pooled, part_r,
-        N, C, R, moments.HW, moments.m2.shape[1], moments.stretch, 1.0 / moments.HW,
-        ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8,
-    )  # fmt: skip
-    _fc2_kernel[(triton.cdiv(C, BLOCK_C), rows)](
-        part_r, b1, w2, b2, hidden, gate, N, C, R, slices,
-        b1 is not None, se.act, se.gate, ROWS, BLOCK_C, BLOCK_R, num_warps=8,
-    )  # fmt: skip
-    return deviation, pooled, hidden, gate
-
-
 def _kind(residual: Tensor | None, stats2: Tensor) -> str:
     return "none" if residual is None else "norm" if stats2.numel() else "plain"
 
@@ -260,13 +206,10 @@ def _apply(
     N, C, H, W = y.shape
     plan = _plan(_order_of_out(y), [t for t in (y, residual) if t is not None], APPLIED_TILE)
     _apply_kernel[(N * triton.cdiv(C, plan.b_c) * triton.cdiv(H * W, plan.b_p),)](
-        y, residual, stats, stats2, gate, out, mask, C, H * W, W, *_strides(y), *_strides_or_none(residual),
-        act, _kind(residual, stats2), gate.numel() > 0, *plan, num_warps=_warps(plan, y.element_size()),
+        y, residual, stats, stats2, gate, out, mask, C, H * W, W, *_strides(y), *_strides(residual),
+        act, _kind(residual, stats2), gate.numel() > 0,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
     )  # fmt: skip
-
-
-def _strides_or_none(x: Tensor | None) -> tuple[int, int, int, int]:
-    return (0, 0, 0, 0) if x is None else _strides(x)
 
 
 def _read_again(saved: Saved, how: How, norm2: bool) -> tuple[str, Tensor | None]:
@@ -285,51 +228,22 @@ def _sums(dout: Tensor, saved: Saved, how: How, norm2: bool) -> Sums:
     kind, residual = _read_again(saved, how, norm2)
     tensors = [t for t in (dout, y, residual) if t is not None]
     plan = _plan(_order_of_out(y), tensors, SUMMED_TILE)
-    parts, stretch = _stretches(y, plan)
+    parts, stretch = _stretches(y, plan, _programs(N, C, plan))
     t, u, *u2 = saved.stats.new_empty((3 if kind == "norm" else 2, N, parts, C))
     sums = Sums(t, u, u2[0] if u2 else t.new_empty(0))
     bits = _takes_bits(how)
     computed_again = how.act == "silu" or (how.act == "relu" and not bits)
     _sums_kernel[(N * parts * triton.cdiv(C, plan.b_c),)](
         dout, y, residual, saved.mask, saved.stats, saved.stats2, saved.gate, *sums, C, H * W, W, parts, stretch,
-        *_strides(dout), *_strides(y), *_strides_or_none(residual),
-        how.act, kind, bits, computed_again and saved.gate.numel() > 0, *plan, num_warps=_warps(plan, y.element_size()),
+        *_strides(dout), *_strides(y), *_strides(residual),
+        how.act, kind, bits, computed_again and saved.gate.numel() > 0,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
     )  # fmt: skip
     return sums
 
 
 def _takes_bits(how: How) -> bool:
     return how.act == "relu" and how.with_residual
-
-
-def _excite_bwd(
-    sums: Sums, saved: Saved, w1: Tensor, w2: Tensor, how: How, wanted: list[bool], with_q: bool
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """((dw1, db1, dw2, db2) in the weights' dtypes, q (N, C)); empty where not asked for."""
-    (N, parts, C), R = sums.t.shape, w1.shape[0]
-    HW = saved.y.shape[2] * saved.y.shape[3]
-    slices, rows = triton.cdiv(C, SLICE), triton.cdiv(N, ROWS)
-    with_dw1, with_db1, with_dw2, with_db2 = wanted
-    dtypes = (w1.dtype, w1.dtype, w2.dtype, w2.dtype)
-    w1, w2 = _readable(w1), _readable(w2)
-    dw1, db1 = w1.new_empty((R, C) if with_dw1 else 0), w1.new_empty(R if with_db1 else 0)
-    dw2, db2 = w2.new_empty((C, R) if with_dw2 else 0), w2.new_empty(C if with_db2 else 0)
-    dz, q, dhidden = torch.empty_like(saved.gate), torch.empty_like(saved.gate), torch.empty_like(saved.hidden)
-    part_r = sums.t.new_empty((N, slices, R))
-    _excite_bwd_kernel[(triton.cdiv(R, BLOCK_R), rows, slices)](
-        sums.t, sums.u, saved.stats, saved.gate, w2, dz, part_r,
-        N, C, R, parts, how.gate_fn, ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8,
-    )  # fmt: skip
-    if with_dw2 or with_db2:
-        _weight_grad(dz, saved.hidden, dw2, db2, how.se_act, with_dw2, with_db2)
-    if with_q or with_dw1 or with_db1:
-        _fc1_bwd_kernel[(triton.cdiv(C, BLOCK_C), rows)](
-            part_r, saved.hidden, w1, dhidden, q, N, C, R, slices, 1.0 / HW,
-            how.se_act, ROWS, BLOCK_C, BLOCK_R, num_warps=8,
-        )  # fmt: skip
-    if with_dw1 or with_db1:
-        _weight_grad(dhidden, saved.pooled, dw1, db1, "none", with_dw1, with_db1)
-    return tuple(t.to(dtype) for t, dtype in zip((dw1, db1, dw2, db2), dtypes, strict=True)), q
 
 
 def _coefficients(
@@ -365,9 +279,9 @@ def _apply_bwd(
     _apply_bwd_kernel[(N * triton.cdiv(C, plan.b_c) * triton.cdiv(H * W, plan.b_p),)](
         dout, y, residual, saved.mask, saved.stats, saved.stats2, saved.gate, q,
         coefficients if of_y == "batch" else None, coefficients2 if of_residual == "batch" else None,
-        dy, dresidual, C, H * W, W, *_strides(dout), *_strides(y), *_strides_or_none(residual),
-        how.act, kind, _takes_bits(how), saved.gate.numel() > 0, of_y, of_residual, *plan,
-        num_warps=_warps(plan, y.element_size()),
+        dy, dresidual, C, H * W, W, *_strides(dout), *_strides(y), *_strides(residual),
+        how.act, kind, _takes_bits(how), saved.gate.numel() > 0, of_y, of_residual,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
     )  # fmt: skip
 
 

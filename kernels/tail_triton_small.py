@@ -1,20 +1,14 @@
-"""Triton kernels of the residual tail over (N, C) and (C,) tensors; `kernels.tail_triton` launches them."""
+"""Triton kernels of the residual tail over channels; `kernels.tail_triton` launches them."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from kernels.se_triton import _gate_bwd, _jit, _sum_parts
-from kernels.statistics import INVSTD, MEAN, SCALE, SHIFT, UNBIASED_VAR
+from kernels.statistics import INVSTD, UNBIASED_VAR
+from kernels.triton_products import MEAN_ROW, SCALE_ROW, SHIFT_ROW, _row
+from kernels.triton_tiles import _jit
 
-MEAN_ROW, INVSTD_ROW, SCALE_ROW, SHIFT_ROW, UNBIASED_VAR_ROW = (
-    tl.constexpr(row) for row in (MEAN, INVSTD, SCALE, SHIFT, UNBIASED_VAR)
-)
-
-
-@_jit
-def _row(p, o_c, m_c):
-    return tl.load(p + o_c, mask=m_c, other=0.0)
+INVSTD_ROW, UNBIASED_VAR_ROW = tl.constexpr(INVSTD), tl.constexpr(UNBIASED_VAR)
 
 
 @_jit
@@ -62,66 +56,6 @@ def _statistics_kernel(
     tl.store(p_stats + SCALE_ROW * C + o_c, scale, mask=m_c)
     tl.store(p_stats + SHIFT_ROW * C + o_c, bias, mask=m_c)
     tl.store(p_stats + UNBIASED_VAR_ROW * C + o_c, m2 / divisor, mask=m_c)
-
-
-@_jit
-def _squeeze_kernel(
-    p_pivot, p_shift, p_stats, p_w1, p_deviation, p_pooled, p_slice,
-    N: tl.int32, C: tl.int32, R: tl.int32, HW: tl.int32, parts: tl.int32, stretch: tl.int32, inv_hw: tl.float32,
-    B_N: tl.constexpr, B_C: tl.constexpr, B_R: tl.constexpr, B_SLICE: tl.constexpr,
-):  # fmt: skip
-    """deviation, pooled (N, C) of pivot, shift (N, parts, C); slice (N, slices, R), whose sum is pooled W1^T."""
-    i_slice = tl.program_id(2)
-    o_n = tl.program_id(1).to(tl.int64) * B_N + tl.arange(0, B_N)
-    o_r = tl.program_id(0) * B_R + tl.arange(0, B_R)
-    m_n, m_r = o_n < N, o_r < R
-    acc = tl.zeros((B_N, B_R), dtype=tl.float32)
-    for start in range(i_slice * B_SLICE, tl.minimum((i_slice + 1) * B_SLICE, C), B_C):
-        o_c = start + tl.arange(0, B_C)
-        m_c = o_c < C
-        m_nc = m_n[:, None] & m_c[None, :]
-        mean = _row(p_stats + MEAN_ROW * C, o_c, m_c)[None, :]
-        deviation = tl.zeros((B_N, B_C), dtype=tl.float32)
-        for i in range(parts):
-            share = tl.minimum(stretch, HW - i * stretch).to(tl.float32) * inv_hw
-            o_part = (o_n * parts + i)[:, None] * C + o_c[None, :]
-            part = tl.load(p_pivot + o_part, mask=m_nc, other=0.0) - mean
-            deviation += (part + tl.load(p_shift + o_part, mask=m_nc, other=0.0)) * share
-        pooled = deviation * _row(p_stats + SCALE_ROW * C, o_c, m_c)[None, :]
-        pooled += _row(p_stats + SHIFT_ROW * C, o_c, m_c)[None, :]
-        if tl.program_id(0) == 0:
-            tl.store(p_deviation + o_n[:, None] * C + o_c[None, :], deviation, mask=m_nc)
-            tl.store(p_pooled + o_n[:, None] * C + o_c[None, :], pooled, mask=m_nc)
-        w1 = tl.load(p_w1 + o_r[None, :] * C + o_c[:, None], mask=m_c[:, None] & m_r[None, :], other=0.0).to(tl.float32)
-        acc += tl.dot(pooled, w1, input_precision="ieee")
-    o_slice = (o_n * tl.num_programs(2) + i_slice)[:, None] * R + o_r[None, :]
-    tl.store(p_slice + o_slice, acc, mask=m_n[:, None] & m_r[None, :])
-
-
-@_jit
-def _excite_bwd_kernel(
-    p_t, p_u, p_stats, p_gate, p_w2, p_dz, p_slice, N: tl.int32, C: tl.int32, R: tl.int32, parts: tl.int32,
-    GATE: tl.constexpr, B_N: tl.constexpr, B_C: tl.constexpr, B_R: tl.constexpr, B_SLICE: tl.constexpr,
-):  # fmt: skip
-    """dz (N, C) = ds * g'(gate) with ds = scale * U + shift * T; slice (N, slices, R), whose sum is dz W2."""
-    i_slice = tl.program_id(2)
-    o_n = tl.program_id(1).to(tl.int64) * B_N + tl.arange(0, B_N)
-    o_r = tl.program_id(0) * B_R + tl.arange(0, B_R)
-    m_n, m_r = o_n < N, o_r < R
-    acc = tl.zeros((B_N, B_R), dtype=tl.float32)
-    for start in range(i_slice * B_SLICE, tl.minimum((i_slice + 1) * B_SLICE, C), B_C):
-        o_c = start + tl.arange(0, B_C)
-        m_c = o_c < C
-        m_nc = m_n[:, None] & m_c[None, :]
-        ds = _sum_parts(p_u, o_n, o_c, parts, C, m_n, m_c, B_N, B_C) * _row(p_stats + SCALE_ROW * C, o_c, m_c)[None, :]
-        ds += _sum_parts(p_t, o_n, o_c, parts, C, m_n, m_c, B_N, B_C) * _row(p_stats + SHIFT_ROW * C, o_c, m_c)[None, :]
-        dz = _gate_bwd(ds, tl.load(p_gate + o_n[:, None] * C + o_c[None, :], mask=m_nc, other=0.0), GATE)
-        if tl.program_id(0) == 0:
-            tl.store(p_dz + o_n[:, None] * C + o_c[None, :], dz, mask=m_nc)
-        w2 = tl.load(p_w2 + o_c[:, None] * R + o_r[None, :], mask=m_c[:, None] & m_r[None, :], other=0.0).to(tl.float32)
-        acc += tl.dot(dz, w2, input_precision="ieee")
-    o_slice = (o_n * tl.num_programs(2) + i_slice)[:, None] * R + o_r[None, :]
-    tl.store(p_slice + o_slice, acc, mask=m_n[:, None] & m_r[None, :])
 
 
 @_jit

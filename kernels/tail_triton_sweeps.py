@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from kernels.se_triton import _act, _act_bwd, _inside, _jit, _pointers
-from kernels.tail_triton_small import MEAN_ROW, SCALE_ROW, SHIFT_ROW, _row
+from kernels.triton_products import MEAN_ROW, SCALE_ROW, SHIFT_ROW, _act, _act_bwd, _row
+from kernels.triton_tiles import _inside, _jit, _pointers, _stretch_of_program, _tile_of_program
 
 INFINITY = tl.constexpr(float("inf"))
 # The largest float32 that rounds to 0 in the other types: half their smallest number
@@ -34,11 +34,8 @@ def _moments_kernel(
 
     The mean is in two parts so that its rounding does not count where it is much larger than the standard deviation.
     """
-    blocks_c = tl.cdiv(C, B_C)
-    pid = tl.program_id(0)
-    i_k = (pid // blocks_c) % parts
-    i_n = (pid // blocks_c // parts).to(tl.int64)
-    o_c = (pid % blocks_c) * B_C + tl.arange(0, B_C)
+    i_n, i_k, i_c = _stretch_of_program(C, parts, B_C)
+    o_c = i_c + tl.arange(0, B_C)
     m_c = o_c < C
     first = i_k * stretch
     count = tl.minimum(stretch, HW - first)
@@ -51,8 +48,8 @@ def _moments_kernel(
     centred = tl.where(mask, value - pivot[:, None], 0.0)
     acc = centred
     acc_squared = centred * centred
-    for start in range(first + B_P, first + count, B_P):
-        o_p = start + tl.arange(0, B_P)
+    for _ in range(first + B_P, first + count, B_P):
+        o_p += B_P
         mask = _inside(m_c, o_p < HW, ORDER, VECTOR)
         p_tile = _pointers(p_x, i_n, o_c, o_p, W, s_xn, s_xc, s_xh, s_xw, ORDER, VECTOR)
         value = tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
@@ -152,12 +149,7 @@ def _apply_kernel(
 
     RESIDUAL is "none", "plain", or "norm" for one with statistics of its own; GATED where scale and shift have a gate.
     """
-    blocks_c = tl.cdiv(C, B_C)
-    blocks_p = tl.cdiv(HW, B_P)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what the first sweep read last comes first
-    i_n = (pid // blocks_c // blocks_p).to(tl.int64)
-    i_c = (pid % blocks_c) * B_C
-    i_p = ((pid // blocks_c) % blocks_p) * B_P
+    i_n, i_c, i_p = _tile_of_program(C, HW, B_P, B_C)
     o_c, o_p = i_c + tl.arange(0, B_C), i_p + tl.arange(0, B_P)
     m_c = o_c < C
     mask = _inside(m_c, o_p < HW, ORDER, VECTOR)
@@ -214,11 +206,7 @@ def _sums_kernel(
 
     RESIDUAL is "norm" where u2 is taken, "plain" where only act' needs the residual.
     """
-    blocks_c = tl.cdiv(C, B_C)
-    pid = tl.program_id(0)
-    i_k = (pid // blocks_c) % parts
-    i_n = (pid // blocks_c // parts).to(tl.int64)
-    i_c = (pid % blocks_c) * B_C
+    i_n, i_k, i_c = _stretch_of_program(C, parts, B_C)
     o_c = i_c + tl.arange(0, B_C)
     m_c = o_c < C
     mean, scale, shift = _norm(p_stats, p_gate, i_n, o_c, m_c, C, GATED)
@@ -269,12 +257,7 @@ def _apply_bwd_kernel(
     "none": not wanted. "plain", of dresidual: d itself. "fixed": behind a norm with given statistics. "batch": and
     behind one with those of the batch, which add coefficient[0] * (y - mean) + coefficient[1].
     """
-    blocks_c = tl.cdiv(C, B_C)
-    blocks_p = tl.cdiv(HW, B_P)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # what the first sweep read last comes first
-    i_n = (pid // blocks_c // blocks_p).to(tl.int64)
-    i_c = (pid % blocks_c) * B_C
-    i_p = ((pid // blocks_c) % blocks_p) * B_P
+    i_n, i_c, i_p = _tile_of_program(C, HW, B_P, B_C)
     o_c, o_p = i_c + tl.arange(0, B_C), i_p + tl.arange(0, B_P)
     m_c = o_c < C
     mask = _inside(m_c, o_p < HW, ORDER, VECTOR)

@@ -2,8 +2,8 @@
 
 The operators are called once, with Triton's interpreter noting every launch (`recorded`). A mutant is then put in its
 kernel's place and the launches of the kernels that it has to do with are run again, cheapest first, until one differs
-from what the original did: by a value that is stored, by where it is stored and how often, or by an access outside the
-elements of the kernel's own arguments, which is told by the address and not by what happens to lie there.
+from what the original did, and no further: by where something is stored or by its value, in the original's order, or by
+an access outside the elements of the kernel's own arguments, which is told by the address and not by what lies there.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import dataclasses
 import inspect
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction, InterpreterBuilder, interpreter_builder
 
@@ -139,6 +140,18 @@ class Different(Exception):
     """A launch did not do what the original's did."""
 
 
+class Store(NamedTuple):
+    """One execution of a store: where its lanes go, in bytes from the start of the arena, and what they hold."""
+
+    offsets: np.ndarray
+    values: np.ndarray
+
+    def same(self, other: Store) -> bool:
+        return np.array_equal(self.offsets, other.offsets) and np.allclose(
+            self.values, other.values, rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+
+
 class Launch:
     """One launch of a kernel, over copies of the tensors that it was given, as often as one likes.
 
@@ -148,24 +161,25 @@ class Launch:
     def __init__(self, kernel: InterpretedFunction, args: tuple[Any, ...], grid: Any) -> None:
         self.kernel, self.grid = kernel, grid
         self.args, self.arena = _copied(args)
-        self.tensors = [arg for arg in self.args if isinstance(arg, Tensor) and arg.numel()]
         self.base = self.arena.data_ptr()
         self.valid = np.zeros(self.arena.numel(), bool)
-        for offsets, size in map(self._offsets, self.tensors):
-            for byte in range(size):
-                self.valid[offsets + byte] = True
+        tensors = [arg for arg in self.args if isinstance(arg, Tensor) and arg.numel()]
+        for t in tensors:
+            self.valid[_bytes(*self._offsets(t))] = True
         self.before = self.arena.clone()
-        loads, self.stores = self._run()
-        for given, t in zip(
-            (arg for arg in args if isinstance(arg, Tensor) and arg.numel()), self.tensors, strict=True
-        ):
-            if np.isin(self._offsets(t)[0], self.stores).any():
-                given.copy_(t)
-        self._poison(np.setdiff1d(self.stores, loads))
+        self.stores: list[Store] = []
         began = time.perf_counter()
-        _, self.stores = self._run()
+        self._run(self.stores.append)
         self.seconds = time.perf_counter() - began
-        self.after = [t.clone() for t in self.tensors]
+        self.confirmed = False
+        stored = np.concatenate([np.zeros(0, np.int64), *(store.offsets for store in self.stores)])
+        for given, t in zip((arg for arg in args if isinstance(arg, Tensor) and arg.numel()), tensors, strict=True):
+            offsets, size = self._offsets(t)
+            written = np.isin(offsets, stored)
+            if written.any():
+                given.copy_(t)
+                # NaN, and of integers what is unlikely: so that what a mutant reads of it shows
+                self.before[_bytes(offsets[written], size)] = 0xFF
 
     def _offsets(self, t: Tensor) -> tuple[np.ndarray, int]:
         """Where the elements of an argument begin in the arena, and their size."""
@@ -174,50 +188,37 @@ class Launch:
                 np.arange(n).reshape(-1, *[1] * (t.dim() - 1 - d)) * s
                 for d, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True))
             ),
-            np.zeros(1, np.int64) if t.numel() else np.zeros(0, np.int64),
+            np.zeros(1, np.int64),
         )
         return (t.data_ptr() - self.base + indices * t.element_size()).ravel(), t.element_size()
 
-    def _poison(self, written: np.ndarray) -> None:
-        """Makes a value that is not written one that shows: NaN, and of integers the bits turned over."""
-        for t in self.tensors:
-            offsets, _ = self._offsets(t)
-            chosen = torch.from_numpy(np.isin(offsets, written)).view(t.shape)
-            t.copy_(torch.where(chosen, float("nan") if t.is_floating_point() else ~t, t))
-        held = self.arena.clone()
-        for t in self.tensors:
-            offsets, size = self._offsets(t)
-            inside = np.isin(offsets, written)
-            for byte in range(size):
-                where = torch.from_numpy(offsets[inside] + byte)
-                self.before[where] = held[where]
-
-    def _run(self) -> tuple[np.ndarray, np.ndarray]:
-        """Runs the kernel as it is now; the offsets that it loads and stores, sorted, with repetitions.
+    def _run(self, stored: Callable[[Store], object]) -> None:
+        """Runs the kernel as it is now, and tells of each store.
 
         Raises:
             Different: it touches what is no element of an argument.
         """
         self.arena.copy_(self.before)
-        loads: list[np.ndarray] = []
-        stores: list[np.ndarray] = []
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-        def note(to: list[np.ndarray], pointers: Any, inside: Any) -> None:
-            offsets = (pointers.data[inside.data] - self.base).astype(np.int64)
-            last = offsets + pointers.get_element_ty().primitive_bitwidth // 8 - 1
-            if offsets.size:
-                within = offsets.min() >= 0 and last.max() < self.valid.size
-                if not (within and self.valid[offsets].all() and self.valid[last].all()):
+        def offsets(pointers: Any, inside: Any) -> np.ndarray:
+            first = (pointers.data[inside.data] - self.base).astype(np.int64)
+            last = first + pointers.get_element_ty().primitive_bitwidth // 8 - 1
+            if first.size:
+                within = first.min() >= 0 and last.max() < self.valid.size
+                if not (within and self.valid[first].all() and self.valid[last].all()):
                     raise Different("an access outside the arguments")
-                to.append(offsets)
+            return first
 
         def noted_load(builder: Any, pointers: Any, inside: Any, *rest: Any) -> Any:
-            note(loads, pointers, inside)
+            offsets(pointers, inside)
             return load(builder, pointers, inside, *rest)
 
         def noted_store(builder: Any, pointers: Any, value: Any, inside: Any, *rest: Any) -> Any:
-            note(stores, pointers, inside)
+            values = value.data[inside.data]
+            if pointers.get_element_ty() == tl.bfloat16:  # the interpreter has its bits
+                values = (values.astype(np.uint32) << 16).view(np.float32)
+            stored(Store(offsets(pointers, inside), values))
             return store(builder, pointers, value, inside, *rest)
 
         with (
@@ -227,16 +228,30 @@ class Launch:
             mock.patch.object(interpreter_builder, "options", UNCHECKED),
         ):
             self.kernel[self.grid](*self.args)
-        return tuple(np.sort(np.concatenate([np.zeros(0, np.int64), *noted])) for noted in (loads, stores))
 
     def replay(self) -> None:
         """Raises an error where the kernel, as it is now, does something else than it did when it was recorded."""
-        _, stores = self._run()
-        if not np.array_equal(stores, self.stores):
-            raise Different("other elements are stored, or other times")
-        for actual, expected in zip(self.tensors, self.after, strict=True):
-            if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
-                raise Different("other values are stored")
+        expected = iter(self.stores)
+
+        def compare(store: Store) -> None:
+            wanted = next(expected, None)
+            if wanted is None or not store.same(wanted):
+                raise Different("something else is stored, or elsewhere")
+
+        self._run(compare)
+        if next(expected, None) is not None:
+            raise Different("less is stored")
+
+    def confirm(self) -> None:
+        """Raises an error where even the original does not do again what it did."""
+        if not self.confirmed:
+            self.replay()
+            self.confirmed = True
+
+
+def _bytes(offsets: np.ndarray, size: int) -> np.ndarray:
+    """All bytes of the elements that begin at these offsets."""
+    return (offsets[:, None] + np.arange(size)).ravel()
 
 
 _call = InterpretedFunction.__call__
@@ -329,5 +344,6 @@ def _differs(mutant: Mutant, launch: Launch) -> bool:
         with mutant.installed():
             launch.replay()
     except Exception:
+        launch.confirm()
         return True
     return False
