@@ -14,11 +14,16 @@ from typing import Any, NoReturn
 
 import yaml
 
+from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
 from engine.models import MODEL_NAMES
 
+PROBABILITIES = (
+    *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
+    *("minority_aug", "mixup_prob", "mixup_switch_prob"),
+)
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -73,10 +78,39 @@ class Config:
         choices=EPOCH_SIZES,
     )
     replacement: bool | None = _flag(None, "draw with replacement; by default unless --sampling is none", switch=True)
+    crop_pct: float | None = _flag(
+        None,
+        "show, for scoring, the central square of this share of the shorter side; by default all, stretched",
+        type=float,
+    )
+    scale: tuple[float, float] = _flag(
+        (1.0, 1.0), "share of an image's area that a random resized crop shows, from and to; 1 1: no crop", nargs=2
+    )
+    ratio: tuple[float, float] = _flag(
+        (0.75, 4 / 3), "width over height of a random resized crop, from and to", nargs=2
+    )
     aug_prob: float = _flag(
         0.3, "probability of each of rotation, affine and colour jitter; 0 turns them off", type=float
     )
     hflip: float = _flag(0.3, "probability of a horizontal flip", type=float)
+    vflip: float = _flag(0.0, "probability of a vertical flip", type=float)
+    degrees: float = _flag(15.0, "largest rotation to either side", type=float)
+    translate: float = _flag(0.1, "largest shift of the affine along x and y, as a share of the side", type=float)
+    zoom: tuple[float, float] = _flag((0.9, 1.1), "zoom factor of the affine, from and to", nargs=2)
+    shear: float = _flag(10.0, "largest shear of the affine along x, in degrees to either side", type=float)
+    color_jitter: tuple[float, float, float, float] = _flag(
+        (0.2, 0.2, 0.2, 0.05), "largest change of brightness, contrast, saturation and hue", nargs=4
+    )
+    color_jitter_prob: float | None = _flag(None, "probability of colour jitter; --aug-prob by default", type=float)
+    sharpness: float = _flag(1.2, "factor of the sharpness: 0 smooths, 1 changes nothing, 2 sharpens", type=float)
+    sharpness_prob: float = _flag(0.0, "probability of a change of sharpness", type=float)
+    gaussian_blur_prob: float = _flag(0.0, "probability of a Gaussian blur", type=float)
+    reprob: float = _flag(0.0, "probability of random erasing", type=float)
+    minority_aug: float = _flag(
+        0.0,
+        "raise the probabilities p above for rarer classes, up to p + this * (1 - p) for the rarest",
+        type=float,
+    )
 
     epochs: int = _flag(50, "epochs to train", type=int)
     opt: str = _flag(
@@ -115,7 +149,10 @@ class Config:
     )
     keep_epochs: bool = _flag(False, "keep the weights of every epoch in epochs/", switch=True)
     output: str | None = _flag(None, "run directory to make; output/train/<time>-<model> by default", type=str)
-    workers: int = _flag(4, "threads that read and decode images", short="-j", type=int)
+    data_backend: str = _flag(
+        "dali", "what reads and augments images: NVIDIA DALI, or torchvision in a DataLoader", choices=DATA_BACKENDS
+    )
+    workers: int = _flag(4, "threads (torchvision: processes) that read and decode images", short="-j", type=int)
     device: str | None = _flag(None, "cuda, cuda:1 or cpu; cuda where there is one", type=str)
     seed: int = _flag(42, "of the initial weights, the split, the sampling and the augmentation", type=int)
 
@@ -125,8 +162,9 @@ class Config:
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("max_bad_fraction", "aug_prob", "hflip"):
-            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        for name in ("max_bad_fraction", *PROBABILITIES):
+            self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
         self._require(0 <= self.smoothing < 1, "smoothing", "at least 0 and below 1")
         for name in ("lr", "clip_grad", "early_stopping_patience"):
@@ -244,6 +282,8 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         if isinstance(value, bool):
             return value
         raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
+    if "nargs" in argument:
+        return _numbers(field.name, value, argument["nargs"], source)
     wanted = argument.get("type", str)
     # YAML reads 1e-3 as text; a number in place of a text is a mistake
     ok = isinstance(value, wanted) or (wanted is float and isinstance(value, int | str)) or isinstance(value, str)
@@ -256,6 +296,15 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     if converted not in argument.get("choices", (converted,)):
         raise UserError(f"{source}: {field.name}: {value!r} must be one of {', '.join(argument['choices'])}")
     return converted
+
+
+def _numbers(name: str, values: Any, count: int, source: str) -> tuple[float, ...]:
+    try:
+        if isinstance(values, str) or len(values) != count or any(isinstance(value, bool) for value in values):
+            raise ValueError
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: {name}: {values!r} must be a list of {count} numbers") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -276,11 +325,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="options from a built-in recipe or a YAML file")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
     for field in dataclasses.fields(Config):
+        default: Any = field.default
         argument = dict(field.metadata["argument"])
         names = [_spelled(field.name)] + ([field.metadata["short"]] if field.metadata["short"] else [])
-        shown = "" if field.default is None else f" (default: {field.default})"
+        shown = "" if default is None else f" (default: {default})"
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
+        elif "nargs" in argument:
+            argument |= {"metavar": "FLOAT", "type": float}
+            shown = f" (default: {' '.join(f'{value:g}' for value in default)})"
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()
         parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)

@@ -15,7 +15,7 @@ from torch import nn
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config, require_fused
-from engine.data import DaliLoader, Samples, Splits, drop_bad_samples, open_samples, open_splits
+from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.fusion import fuse
@@ -72,21 +72,23 @@ def open_data(config: Config) -> Splits:
     )
 
 
-def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> DaliLoader:
+def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
     """Every image once, in order, resized and normalised, nothing else."""
-    return DaliLoader(
+    return make_loader(
+        config.data_backend,
         samples,
         batch_size=config.batch_size,
         img_size=config.img_size,
         device=device,
         dtype=precision.input_dtype,
         training=False,
+        crop_pct=config.crop_pct,
         workers=config.workers,
     )
 
 
 @torch.inference_mode()
-def score(model: nn.Module, loader: DaliLoader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
     """The metrics of `engine.metrics` over one pass of the loader."""
     model.eval()
     metrics: ClassificationMetrics | None = None

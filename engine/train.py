@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config, parse_args
-from engine.data import Augmentation, DaliLoader, Samples, Splits, WeightedSampler, drop_bad
+from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, drop_bad, make_loader
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.evaluate import make_eval_loader, open_data, score
@@ -105,7 +105,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
 def train_epoch(
     training: Training,
     criterion: nn.Module,
-    loader: DaliLoader,
+    loader: Loader,
     epoch: int,
     config: Config,
     precision: Precision,
@@ -168,6 +168,33 @@ def _mixing(config: Config, num_classes: int) -> Mixing:
     )
 
 
+def _augmentation(config: Config) -> Augmentation:
+    brightness, contrast, saturation, hue = config.color_jitter
+    jitter = config.aug_prob if config.color_jitter_prob is None else config.color_jitter_prob
+    return Augmentation(
+        crop_scale=config.scale,
+        crop_ratio=config.ratio,
+        rotation=config.aug_prob,
+        affine=config.aug_prob,
+        jitter=jitter,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        sharpness=config.sharpness_prob,
+        blur=config.gaussian_blur_prob,
+        erasing=config.reprob,
+        degrees=config.degrees,
+        translate=config.translate,
+        scale=config.zoom,
+        shear=config.shear,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        sharpness_factor=config.sharpness,
+        minority=config.minority_aug,
+    )
+
+
 def _checked_data(config: Config) -> Splits:
     splits = open_data(config)
     classes = len(splits.train.class_names)
@@ -185,7 +212,7 @@ def _checked_data(config: Config) -> Splits:
 
 def _build(
     config: Config, splits: Splits, device: torch.device, precision: Precision, *, starts_fresh: bool
-) -> tuple[Training, nn.Module, DaliLoader]:
+) -> tuple[Training, nn.Module, Loader]:
     check_metric_name(config.eval_metric, len(splits.train.class_names))
     model = create_model(config.model, num_classes=len(splits.train.class_names))
     if starts_fresh and (config.pretrained or config.pretrained_path):
@@ -193,7 +220,8 @@ def _build(
     if config.fused_se:
         print(fuse(model, config))
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    loader = DaliLoader(
+    loader = make_loader(
+        config.data_backend,
         splits.train,
         batch_size=config.batch_size,
         img_size=config.img_size,
@@ -210,7 +238,7 @@ def _build(
             epoch_size=config.epoch_size,
             replacement=config.replacement,
         ),
-        augmentation=Augmentation(probability=config.aug_prob, hflip=config.hflip),
+        augmentation=_augmentation(config),
         seed=config.seed,
         workers=config.workers,
     )
@@ -268,7 +296,7 @@ def _save(
     run_dir.write_history(history)
 
 
-def _write_draws(run_dir: RunDirectory, epoch: int, samples: Samples, loader: DaliLoader) -> None:
+def _write_draws(run_dir: RunDirectory, epoch: int, samples: Samples, loader: Loader) -> None:
     """What the sampler's weights made of the classes in this epoch."""
     assert loader.sampler is not None, "a training loader has one"
     columns = {

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data import DaliLoader, Samples
+from engine.data import DaliLoader, Loader, Samples
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def make_samples(folder: Path, counts: Sequence[int], height: int = 12, width: i
     return Samples(tuple(files), labels, tuple(str(c) for c in range(len(counts))))
 
 
-def make_loader(samples: Samples, **options: Any) -> DaliLoader:
+def make_loader(samples: Samples, *, pipeline: type[Loader] = DaliLoader, **options: Any) -> Loader:
     """A loader on the CPU that gives pixels in [0, 1] unless told otherwise."""
     defaults: dict[str, Any] = {
         "batch_size": 4,
@@ -62,4 +62,4 @@ def make_loader(samples: Samples, **options: Any) -> DaliLoader:
         "mean": (0, 0, 0),
         "std": (1, 1, 1),
     }
-    return DaliLoader(samples, **(defaults | options))
+    return pipeline(samples, **(defaults | options))

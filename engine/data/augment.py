@@ -1,42 +1,41 @@
-"""Random augmentation as plain numbers: four operators, each switched on by itself with its own probability.
+"""Random augmentation: one description, which every pipeline executes alike.
 
-Rotation, affine (translation, scale, shear), horizontal flip and colour jitter, in torchvision's order and sense. What
-happens to an image is drawn here, as a pure function of (seed, epoch, position in the epoch), and handed as matrices to
-whatever executes it, which so has no random state: a run resumes at any batch, and two executors make the same picture.
+What happens to an image is drawn here, as a pure function of (seed, epoch, position in the epoch), and handed as plain
+numbers (`engine.data.transforms`) to whatever executes it, which so has no random state: a run resumes at any batch,
+and two executors make the same picture. The steps, in this order, are
 
-Geometry. The three geometric operators compose into one matrix, so that the image is resampled once. It maps a point
-of the output to the point of the input that it shows. Coordinates (x, y) are fractions of the square image's side:
-(0, 0) is its top left corner, (1, 1) its bottom right one. What lies outside the image is black.
+    crop and resize    a random resized crop of the image, or all of it, to a square, antialiased
+    warp               rotation, affine (shear, zoom, shift) and flips in one resampling
+    colour             brightness, contrast, saturation, hue as one matrix
+    sharpness          away from, or towards, a smoothed picture
+    blur               Gaussian
+    erasing            of a rectangle, after normalisation: it becomes the mean colour
 
-Colour. Brightness b, contrast c, saturation s and hue h, in that order, are linear in a pixel x = (R, G, B), and the
-last two leave grey as it is. So they compose into
-
-    y = color @ x + pivot @ mean(x),    color = b c H(h) S(s),    pivot = b (1 - c) 1 w^T
-
-where w are the luma weights and mean(x) is the image's mean pixel; y is clamped once, at the end. H turns colours about
-the grey axis. torchvision turns them in HSV, which is not linear: it keeps a pixel's largest channel where H keeps its
-mean; the hue moves by the same angle.
+each on by itself with its own probability, under torchvision's names and definitions.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from engine.data.counter import DRAWS_PER_BLOCK, Purpose, generator
+from engine.data.transforms import TRIES, color_matrices, random_boxes, warp_matrices, widest_boxes
 from engine.errors import UserError
 
-LUMA = np.array([0.299, 0.587, 0.114])
-
-_BLOCKS_PER_IMAGE = 4
-_DRAWS = (
-    *("rotation", "affine", "hflip", "jitter"),
-    *("degrees", "translate_x", "translate_y", "scale", "shear"),
-    *("brightness", "contrast", "saturation", "hue"),
-)
-"""What each of an image's draws is for. Their order is part of every run's results."""
+_BOX = 2 * TRIES + 2
+_DRAWS = {
+    **dict.fromkeys(("rotation", "affine", "hflip", "jitter"), 1),
+    **dict.fromkeys(("degrees", "translate_x", "translate_y", "scale", "shear"), 1),
+    **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 1),
+    **dict.fromkeys(("vflip", "sharpness", "blur", "sigma", "erasing"), 1),
+    "crop_box": _BOX,
+    "erased_box": _BOX,
+}
+"""How many of an image's draws are for what. Their order is part of every run's results."""
+_BLOCKS_PER_IMAGE = -(-sum(_DRAWS.values()) // DRAWS_PER_BLOCK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,45 +43,61 @@ class Drawn:
     """What happens to n images.
 
     Attributes:
-        rotation, affine, hflip, jitter: (n,) bool, whether that operator is on.
+        boxes: (n, 4) int32, the part of the image that is shown: top, left, height, width in its pixels; None: all.
+        warped, jittered: (n,) bool, whether ``warp``, and ``color`` with ``pivot``, change anything.
         warp: (n, 2, 3) float32, from output to input coordinates in fractions of the side.
         color, pivot: (n, 3, 3) float32, y = color @ x + pivot @ mean(x).
+        sharpness: (n,) float32, 1 leaves the image as it is, 0 smooths it, 2 sharpens it.
+        sigma: (n,) float32, of the Gaussian blur, in pixels of the square; 0: none.
+        erased: (n, 4) int32, top, left, height, width in the square; zeros: nothing.
     """
 
-    rotation: np.ndarray
-    affine: np.ndarray
-    hflip: np.ndarray
-    jitter: np.ndarray
+    boxes: np.ndarray | None
+    warped: np.ndarray
     warp: np.ndarray
+    jittered: np.ndarray
     color: np.ndarray
     pivot: np.ndarray
-
-    @property
-    def warped(self) -> np.ndarray:
-        """(n,) bool: whether any geometric operator is on."""
-        return self.rotation | self.affine | self.hflip
+    sharpness: np.ndarray
+    sigma: np.ndarray
+    erased: np.ndarray
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Four operators, each on with its own probability; a magnitude of zero leaves that part out.
+    """Which operators are on, how often and how strongly. Pairs are uniform ranges; a probability of 0 is off.
 
     Attributes:
-        probability: of rotation, of affine and of colour jitter, each on its own.
-        hflip: probability of the horizontal flip; 0 where left and right differ in meaning (digits, text).
+        crop_scale: share of the image's area that a random resized crop shows; (1, 1): no crop.
+        crop_ratio: of its width to its height; uniform in the logarithm.
+        rotation, affine, jitter, hflip, vflip, sharpness, blur, erasing: probabilities, each on its own. No flips where
+            left and right, or up and down, differ in meaning (digits, text).
         degrees: rotation, counter-clockwise, uniform in [-degrees, degrees].
         translate: shift along x and along y, each uniform in [-translate, translate], in fractions of the side.
-        scale: zoom factor, uniform between the two.
+        scale: zoom factor.
         shear: along x, uniform in [-shear, shear] degrees.
         brightness, contrast, saturation: factors, each uniform in [max(0, 1 - value), 1 + value].
         hue: shift, uniform in [-hue, hue], in turns of the colour circle.
+        sharpness_factor: as torchvision's; 0 smooths, 1 changes nothing, 2 sharpens.
+        sigma: of the blur, in pixels of the square.
+        erased_area: share of the square; its ratio of sides is uniform in the logarithm between 0.3 and 3.3.
+        minority: between 0 and 1: of the rarest class, every probability p that is not 0 is raised to
+            p + minority * (1 - p), of the others by less, in proportion to the logarithm of their rarity.
 
     Raises:
         UserError: a value out of range.
     """
 
-    probability: float = 0.3
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotation: float = 0.3
+    affine: float = 0.3
+    jitter: float = 0.3
     hflip: float = 0.3
+    vflip: float = 0.0
+    sharpness: float = 0.0
+    blur: float = 0.0
+    erasing: float = 0.0
     degrees: float = 15.0
     translate: float = 0.1
     scale: tuple[float, float] = (0.9, 1.1)
@@ -91,101 +106,125 @@ class Augmentation:
     contrast: float = 0.2
     saturation: float = 0.2
     hue: float = 0.05
+    sharpness_factor: float = 1.2
+    sigma: tuple[float, float] = (0.1, 2.0)
+    erased_area: tuple[float, float] = (0.02, 1 / 3)
+    minority: float = 0.0
 
     def __post_init__(self) -> None:
-        limits = {"probability": 1.0, "hflip": 1.0, "degrees": 180.0, "translate": 1.0, "shear": 80.0, "hue": 0.5}
-        limits |= dict.fromkeys(("brightness", "contrast", "saturation"), 10.0)
+        limits = dict.fromkeys((*PROBABILITIES, "translate", "minority"), 1.0)
+        limits |= {"degrees": 180.0, "shear": 80.0, "hue": 0.5}
+        limits |= dict.fromkeys(("brightness", "contrast", "saturation", "sharpness_factor"), 10.0)
         for name, limit in limits.items():
             if not 0 <= getattr(self, name) <= limit:
                 raise UserError(f"augmentation: {name} = {getattr(self, name)} must lie between 0 and {limit:g}")
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise UserError(f"augmentation: scale = {self.scale} must be two factors above 0, the smaller one first")
+        shares = {"crop_scale": 1.0, "erased_area": 1.0}
+        for name in (field.name for field in fields(self) if isinstance(field.default, tuple)):
+            pair, limit = getattr(self, name), shares.get(name, 100.0)
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit:
+                raise UserError(
+                    f"augmentation: {name} = {pair} must be two numbers above 0 and up to {limit:g}, the smaller first"
+                )
 
-    def draw(self, seed: int, epoch: int, positions: np.ndarray) -> Drawn:
-        """What happens to the images at ``positions``, (n,) places in the epoch; the batch size plays no part."""
-        draws = dict(zip(_DRAWS, _uniform_draws(seed, epoch, positions), strict=False))
-        rotation, affine, jitter = (draws[name] < self.probability for name in ("rotation", "affine", "jitter"))
-        hflip = draws["hflip"] < self.hflip
+    @property
+    def crops(self) -> bool:
+        return self.crop_scale != (1.0, 1.0)
 
-        def between(name: str, low: float, high: float) -> np.ndarray:
-            return low + draws[name] * (high - low)
+    def draw(
+        self,
+        seed: int,
+        epoch: int,
+        positions: np.ndarray,
+        *,
+        img_size: int,
+        sizes: np.ndarray | None = None,
+        rarity: np.ndarray | None = None,
+    ) -> Drawn:
+        """What happens to the images at ``positions``, (n,) places in the epoch; the batch size plays no part.
+
+        Args:
+            img_size: side of the square, in pixels.
+            sizes: (n, 2), heights and widths of the images themselves; needed for crops alone.
+            rarity: (n,) in [0, 1], of each image's class (`class_rarity`); needed for ``minority`` alone.
+        """
+        n = len(positions)
+        draws = _uniform_draws(seed, epoch, positions)
+        raised = self.minority * rarity if rarity is not None else 0.0
+        on = {name: draws[name] < _raised(getattr(self, name), raised) for name in PROBABILITIES}
+
+        def between(name: str, low: float, high: float, switch: str, off: float) -> np.ndarray:
+            return np.where(on[switch], low + draws[name] * (high - low), off)
 
         def around_one(name: str) -> np.ndarray:
-            return between(name, max(0.0, 1 - getattr(self, name)), 1 + getattr(self, name))
+            value = getattr(self, name)
+            return between(name, max(0.0, 1 - value), 1 + value, "jitter", 1)
 
-        warp = warp_matrices(
-            degrees=np.where(rotation, between("degrees", -self.degrees, self.degrees), 0),
-            translate_x=np.where(affine, between("translate_x", -self.translate, self.translate), 0),
-            translate_y=np.where(affine, between("translate_y", -self.translate, self.translate), 0),
-            scale=np.where(affine, between("scale", *self.scale), 1),
-            shear=np.where(affine, between("shear", -self.shear, self.shear), 0),
-            hflip=hflip,
-        )
         color, pivot = color_matrices(
-            brightness=np.where(jitter, around_one("brightness"), 1),
-            contrast=np.where(jitter, around_one("contrast"), 1),
-            saturation=np.where(jitter, around_one("saturation"), 1),
-            hue=np.where(jitter, between("hue", -self.hue, self.hue), 0),
+            brightness=around_one("brightness"),
+            contrast=around_one("contrast"),
+            saturation=around_one("saturation"),
+            hue=between("hue", -self.hue, self.hue, "jitter", 0),
         )
-        return Drawn(rotation, affine, hflip, jitter, warp, color, pivot)
+        warp = warp_matrices(
+            degrees=between("degrees", -self.degrees, self.degrees, "rotation", 0),
+            translate_x=between("translate_x", -self.translate, self.translate, "affine", 0),
+            translate_y=between("translate_y", -self.translate, self.translate, "affine", 0),
+            scale=between("scale", *self.scale, "affine", 1),
+            shear=between("shear", -self.shear, self.shear, "affine", 0),
+            hflip=on["hflip"],
+            vflip=on["vflip"],
+        )
+        square = np.full((n, 2), img_size)
+        nowhere = np.zeros((n, 4), dtype=np.int32)
+        erased = random_boxes(
+            square, draws["erased_box"], area=self.erased_area, ratio=(0.3, 3.3), fallback=nowhere, smaller=True
+        )
+        return Drawn(
+            boxes=self._boxes(sizes, draws["crop_box"]),
+            warped=on["rotation"] | on["affine"] | on["hflip"] | on["vflip"],
+            warp=warp,
+            jittered=on["jitter"],
+            color=color,
+            pivot=pivot,
+            sharpness=np.where(on["sharpness"], self.sharpness_factor, 1).astype(np.float32),
+            sigma=between("sigma", *self.sigma, "blur", 0).astype(np.float32),
+            erased=np.where(on["erasing"][:, None], erased, nowhere),
+        )
+
+    def _boxes(self, sizes: np.ndarray | None, draws: np.ndarray) -> np.ndarray | None:
+        if not self.crops:
+            return None
+        assert sizes is not None, "a random resized crop depends on the image's size"
+        fallback = widest_boxes(sizes, self.crop_ratio)
+        return random_boxes(sizes, draws, area=self.crop_scale, ratio=self.crop_ratio, fallback=fallback)
 
 
-def warp_matrices(
-    *,
-    degrees: np.ndarray,
-    translate_x: np.ndarray,
-    translate_y: np.ndarray,
-    scale: np.ndarray,
-    shear: np.ndarray,
-    hflip: np.ndarray,
-) -> np.ndarray:
-    """Rotation, then affine, then flip, all about the centre: (n, 2, 3) float32 from output to input coordinates.
+PROBABILITIES = ("rotation", "affine", "jitter", "hflip", "vflip", "sharpness", "blur", "erasing")
 
-    Args (each (n,)): as in ``Augmentation``; ``hflip`` bool. The affine part shears, zooms, then translates.
+
+def class_rarity(counts: np.ndarray) -> np.ndarray:
+    """(num_classes,) float64: 0 for the largest class, 1 for the smallest, the logarithm of the count in between."""
+    logs = np.log(np.maximum(counts, 1))
+    span = logs.max() - logs[counts > 0].min()
+    return np.clip((logs.max() - logs) / span, 0, 1) if span > 0 else np.zeros(len(counts))
+
+
+def _raised(probability: float, by: np.ndarray | float) -> np.ndarray | float:
+    return probability + by * (1 - probability) if probability > 0 else probability
+
+
+def _uniform_draws(seed: int, epoch: int, positions: np.ndarray) -> Mapping[str, np.ndarray]:
+    """The draws of n images by what they are for, (n,) or (n, k) float64 in [0, 1).
+
+    Those of an image are a function of (seed, epoch, its position).
     """
-    angle = np.deg2rad(degrees)
-    rotate = _linear(np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle))
-    one, zero = np.ones_like(angle), np.zeros_like(angle)
-    zoom_shear = _linear(scale, -scale * np.tan(np.deg2rad(shear)), zero, scale)
-    flip = _linear(np.where(hflip, -1.0, 1.0), zero, zero, one)
-
-    # About the centre: out = flip (zoom_shear rotate in + shift), and the executor needs the inverse.
-    inverse = np.linalg.inv(flip @ zoom_shear @ rotate)
-    shift = flip @ np.stack([translate_x, translate_y], axis=-1)[..., None]
-    centre = np.full((2, 1), 0.5)
-    return np.concatenate([inverse, centre - inverse @ (centre + shift)], axis=-1).astype(np.float32)
-
-
-def color_matrices(
-    *, brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness, contrast, saturation, then hue: ``color`` and ``pivot``, (n, 3, 3) float32 each (see the module).
-
-    Args (each (n,)): three factors, and the hue shift in turns.
-    """
-    b, c, s, angle = (v[:, None, None] for v in (brightness, contrast, saturation, 2 * math.pi * hue))
-    grey = np.ones((3, 1))
-    saturate = s * np.eye(3) + (1 - s) * (grey @ LUMA[None])
-    # Rodrigues' rotation about the grey axis, red towards green.
-    turn = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    rotate = np.cos(angle) * np.eye(3) + np.sin(angle) * turn + (1 - np.cos(angle)) * (grey @ grey.T) / 3
-    color = b * c * rotate @ saturate
-    pivot = b * (1 - c) * (grey @ LUMA[None])
-    return color.astype(np.float32), pivot.astype(np.float32)
-
-
-def _linear(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-    return np.stack([np.stack([a, b], axis=-1), np.stack([c, d], axis=-1)], axis=-2)
-
-
-def _uniform_draws(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-    """(draws of an image, n) float64 in [0, 1), column i a function of (seed, epoch, positions[i])."""
     positions = np.asarray(positions, dtype=np.int64)
-    per_image = _BLOCKS_PER_IMAGE * DRAWS_PER_BLOCK
-    draws = np.empty((len(positions), per_image))
+    draws = np.empty((len(positions), _BLOCKS_PER_IMAGE * DRAWS_PER_BLOCK))
     # A run of consecutive positions, as a batch is, takes one generator.
     starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
     for start, stop in zip(starts, [*starts[1:], len(positions)], strict=False):
         block = int(positions[start]) * _BLOCKS_PER_IMAGE
-        draws[start:stop] = generator(Purpose.AUGMENTATION, seed, epoch, block=block).random((stop - start, per_image))
-    return draws.T
+        draws[start:stop] = generator(Purpose.AUGMENTATION, seed, epoch, block=block).random(draws[start:stop].shape)
+    ends = np.cumsum(list(_DRAWS.values()))
+    columns = {name: draws[:, end - width : end] for (name, width), end in zip(_DRAWS.items(), ends, strict=True)}
+    return {name: column[:, 0] if _DRAWS[name] == 1 else column for name, column in columns.items()}

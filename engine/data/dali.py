@@ -15,107 +15,36 @@ epoch, batch number) and handed over, so that an epoch can be begun at any batch
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from engine.data.augment import Augmentation
+from engine.data import dali_steps
+from engine.data.loader import Batch, Loader
 from engine.data.probe import pillow_failure
-from engine.data.sampler import WeightedSampler
-from engine.data.samples import Samples
 from engine.errors import UserError
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PREFETCH = 2
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 
+class DaliLoader(Loader):
+    """`Loader` by DALI, in ``workers`` threads. Its batches share DALI's memory with no copy."""
 
-class DaliLoader:
-    """Batches of images and labels, epoch by epoch.
-
-    Images are (B, 3, img_size, img_size) of ``dtype`` in ``torch.channels_last`` strides, normalised by ``mean`` and
-    ``std`` (of RGB in [0, 1]); labels are (B,) int64. Both stand on ``device`` and share DALI's memory with no copy; a
-    batch stays valid for as long as it is held. On a GPU they are ready on the stream that was current when they were
-    asked for.
-
-    Training draws an epoch from ``sampler``, augments and drops the last batch if it is partial and not the only one.
-    Evaluation gives every image once, in order.
-
-    Args:
-        samples: the images, at least one.
-        device: a CPU or CUDA device.
-        dtype: ``torch.float32`` or ``torch.float16``.
-        training: see above. ``sampler``, ``augmentation`` and ``seed`` concern training alone.
-        sampler: by default every image once, in random order.
-        augmentation: by default none.
-        workers: DALI's threads.
-
-    Raises:
-        UserError: DALI is not installed; while iterating, an image cannot be decoded.
-    """
-
-    def __init__(
-        self,
-        samples: Samples,
-        *,
-        batch_size: int,
-        img_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        training: bool,
-        sampler: WeightedSampler | None = None,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        workers: int = 4,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> None:
-        if dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"dtype must be torch.float32 or torch.float16, not {dtype}")
-        if len(samples) == 0:
-            raise ValueError("samples hold no image")
-        if batch_size < 1 or img_size < 1 or workers < 1:
-            raise ValueError(f"batch_size {batch_size}, img_size {img_size} and workers {workers} must be at least 1")
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         import_dali()
-        self.data = samples
-        self.batch_size = batch_size
-        self.img_size = img_size
-        self.device = device
-        self.dtype = dtype
-        self.training = training
-        if training and sampler is None:
-            sampler = WeightedSampler(samples.labels, len(samples.class_names), sampling="none", seed=seed)
-        self.sampler = sampler if training else None
-        self.augmentation = augmentation if training else None
-        self.seed = seed
-        self.workers = workers
-        self.mean = tuple(mean)
-        self.std = tuple(std)
         self._feed = _Feed()
         self._pipeline: Pipeline | None = None
         self._run = 0
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        if self.sampler is not None:
-            return max(1, len(self.sampler) // self.batch_size)
-        return math.ceil(len(self.data) / self.batch_size)
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number ``start`` on, the same ones whether or not those before were asked for.
-
-        DALI begins to work on them at once. Beginning an epoch ends the one before: its iterator raises RuntimeError.
-        """
-        order = self.sampler.draw(epoch) if self.sampler is not None else np.arange(len(self.data))
+        order = self.order(epoch)
         pipeline = self._idle_pipeline()
         self._feed.batches = self._batch_inputs(epoch, order, start)
         self._run += 1
@@ -135,21 +64,16 @@ class DaliLoader:
                 raise
             yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
 
-    def _batch_indices(self, order: np.ndarray, batch: int) -> np.ndarray:
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
     def _batch_inputs(self, epoch: int, order: np.ndarray, start: int) -> Iterator[tuple[Any, ...]]:
         for batch in range(start, len(self)):
-            indices = self._batch_indices(order, batch)
-            paths = [encode_path(self.data.files[i]) for i in indices]
-            labels = self.data.labels[indices]
-            if self.augmentation is None:
-                yield paths, labels
-            else:
-                positions = batch * self.batch_size + np.arange(len(indices))
-                drawn = self.augmentation.draw(self.seed, epoch, positions)
-                warp = drawn.warp * np.array([1, 1, self.img_size], dtype=np.float32)  # the shift, in pixels
-                yield paths, labels, drawn.warped, warp, drawn.jitter, drawn.color, drawn.pivot
+            planned = self.planned(order, epoch, batch)
+            paths = [encode_path(self.data.files[i]) for i in planned.indices]
+            yield paths, self.data.labels[planned.indices], *dali_steps.values(planned, self.img_size).values()
+
+    def _inputs(self) -> dict[str, tuple[str, int]]:
+        """What the pipeline is fed beside paths and labels; see `dali_steps`."""
+        boxes = dali_steps.BOX_INPUTS if self.crops else {}
+        return boxes | (dali_steps.DRAWN_INPUTS if self.augmentation is not None else {})
 
     def _idle_pipeline(self) -> Pipeline:
         """The pipeline with nothing in flight. What an abandoned epoch has left in it is run and thrown away."""
@@ -172,7 +96,7 @@ class DaliLoader:
     def _blame_a_file(self, order: np.ndarray, batch: int, error: RuntimeError) -> None:
         """Raises UserError if a file of the batch that failed cannot be decoded."""
         decoder = Decoder(self.device)
-        for file in (self.data.files[i] for i in self._batch_indices(order, batch)):
+        for file in (self.data.files[i] for i in self.planned(order, 0, batch).indices):
             reason = pillow_failure(file) or decoder.failure(file)
             if reason is not None:
                 raise UserError(f"cannot decode {file} ({reason}): remove or replace it, then start again") from error
@@ -180,14 +104,9 @@ class DaliLoader:
     def _build(self) -> Pipeline:
         dali, fn, types = import_dali()
         on_gpu = self.device.type == "cuda"
-        augmented = self.augmentation is not None
-        img_size = self.img_size
-        mean = [255 * value for value in self.mean]
-        std = [255 * value for value in self.std]
         dtype = types.FLOAT if self.dtype == torch.float32 else types.FLOAT16
-        input_types = [types.UINT8, types.INT64, types.BOOL, types.FLOAT, types.BOOL, types.FLOAT, types.FLOAT]
-        input_ndims = [1, 0, 0, 2, 0, 2, 2]
-        inputs = len(input_types) if augmented else 2
+        inputs = self._inputs()
+        kinds = [(types.UINT8, 1), (types.INT64, 0), *((getattr(types, name), ndim) for name, ndim in inputs.values())]
 
         @dali.pipeline_def(
             batch_size=self.batch_size,
@@ -197,20 +116,25 @@ class DaliLoader:
             enable_conditionals=True,
         )
         def pipeline() -> Any:
-            path, label, *drawn = fn.external_source(
-                source=self._feed, num_outputs=inputs, dtype=input_types[:inputs], ndim=input_ndims[:inputs]
+            path, label, *given = fn.external_source(
+                source=self._feed,
+                num_outputs=len(kinds),
+                dtype=[dtype for dtype, _ in kinds],
+                ndim=[ndim for _, ndim in kinds],
             )
             image = decode(fn, types, path, on_gpu)
-            image = fn.resize(image, size=[img_size, img_size], mode="stretch", antialias=True, dtype=types.FLOAT)
-            if augmented:
-                warped, warp, jitter, color, pivot = drawn
-                if warped:
-                    image = fn.warp_affine(image, matrix=warp, fill_value=0, inverse_map=True)
-                if jitter:
-                    mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
-                    shift = fn.coord_transform(mean_pixel, M=pivot)
-                    image = dali.math.clamp(fn.coord_transform(image, M=color) + shift, 0, 255)
-            image = fn.crop_mirror_normalize(image, mean=mean, std=std, dtype=dtype, output_layout="HWC")
+            # zip has no `strict` in what DALI makes of a pipeline definition
+            named = {name: given[i] for i, name in enumerate(inputs)}
+            image = dali_steps.prepare(
+                dali,
+                image,
+                named,
+                img_size=self.img_size,
+                mean=self.mean,
+                std=self.std,
+                dtype=dtype,
+                device="gpu" if on_gpu else "cpu",
+            )
             if on_gpu:
                 label = label.gpu()
             return image, label

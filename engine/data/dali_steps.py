@@ -1,0 +1,125 @@
+"""The augmentation of `engine.data.augment` by DALI's operators, on the CPU or on a GPU.
+
+`INPUTS` says what a pipeline is fed for it, `values` what that is for a planned batch, `prepare` what becomes of an
+image. DALI's modules are handed in, so that nothing is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.data.loader import Planned
+from engine.data.torchvision_steps import blur_radius
+
+BOX_INPUTS = {"start": ("INT32", 1), "shape": ("INT32", 1)}
+"""By name: DALI's type and the number of dimensions of one sample."""
+DRAWN_INPUTS = {
+    "warped": ("BOOL", 0),
+    "warp": ("FLOAT", 2),
+    "jittered": ("BOOL", 0),
+    "color": ("FLOAT", 2),
+    "pivot": ("FLOAT", 2),
+    "sharpened": ("BOOL", 0),
+    "sharpness": ("FLOAT", 0),
+    "blurred": ("BOOL", 0),
+    "sigma": ("FLOAT", 0),
+    "window": ("INT32", 0),
+    "erased": ("BOOL", 0),
+    "erased_start": ("FLOAT", 1),
+    "erased_shape": ("FLOAT", 1),
+}
+
+
+SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
+"""torchvision's, for the sharpness."""
+
+
+def values(planned: Planned, img_size: int) -> dict[str, np.ndarray]:
+    """What the inputs hold for a batch; those of them that it has."""
+    given: dict[str, np.ndarray] = {}
+    if planned.boxes is not None:
+        given |= {"start": planned.boxes[:, :2], "shape": planned.boxes[:, 2:]}
+    drawn = planned.drawn
+    if drawn is not None:
+        windows = [2 * blur_radius(sigma, img_size) + 1 for sigma in drawn.sigma]
+        erased = drawn.erased.astype(np.float32)
+        given |= {
+            "warped": drawn.warped,
+            "warp": drawn.warp * np.array([1, 1, img_size], dtype=np.float32),  # the shift, in pixels
+            "jittered": drawn.jittered,
+            "color": drawn.color,
+            "pivot": drawn.pivot,
+            "sharpened": np.not_equal(drawn.sharpness, 1),
+            "sharpness": drawn.sharpness,
+            "blurred": np.greater(drawn.sigma, 0),
+            "sigma": drawn.sigma,
+            "window": np.array(windows, dtype=np.int32),
+            "erased": drawn.erased[:, 2] > 0,
+            "erased_start": erased[:, :2],
+            "erased_shape": erased[:, 2:],
+        }
+    return {name: np.ascontiguousarray(value) for name, value in given.items()}
+
+
+def prepare(
+    dali: Any,
+    image: Any,
+    inputs: Mapping[str, Any],
+    *,
+    img_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any,
+    device: str,
+) -> Any:
+    """(H, W, 3) uint8 RGB -> (img_size, img_size, 3) of ``dtype``, normalised: a part of a pipeline definition.
+
+    Values are float32 from 0 to 255 from the resize on and are rounded to ``dtype`` once.
+    """
+    fn, types = dali.fn, dali.types
+    if BOX_INPUTS.keys() <= inputs.keys():
+        image = fn.slice(image, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
+    image = fn.resize(image, size=[img_size, img_size], mode="stretch", antialias=True, dtype=types.FLOAT)
+    augmented = DRAWN_INPUTS.keys() <= inputs.keys()
+    if augmented:
+        image = _changed(dali, image, inputs, img_size, device)
+    image = fn.crop_mirror_normalize(
+        image,
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
+        dtype=dtype,
+        output_layout="HWC",
+    )
+    if augmented:
+        image = _erased(fn, image, inputs)
+    return image
+
+
+def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, device: str) -> Any:
+    fn = dali.fn
+    if inputs["warped"]:
+        image = fn.warp_affine(image, matrix=inputs["warp"], fill_value=0, inverse_map=True)
+    if inputs["jittered"]:
+        mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
+        shift = fn.coord_transform(mean_pixel, M=inputs["pivot"])
+        image = dali.math.clamp(fn.coord_transform(image, M=inputs["color"]) + shift, 0, 255)
+    if inputs["sharpened"]:
+        smoothed = fn.filter(image, dali.types.Constant(SMOOTHING, device=device))
+        inside = np.zeros((img_size, img_size, 1), dtype=np.float32)
+        inside[1:-1, 1:-1] = 1  # torchvision leaves the outermost pixels as they are
+        change = (image - smoothed) * dali.types.Constant(inside, device=device)
+        image = dali.math.clamp(image + (inputs["sharpness"] - 1) * change, 0, 255)
+    if inputs["blurred"]:
+        image = fn.gaussian_blur(image, sigma=inputs["sigma"], window_size=inputs["window"])
+    return image
+
+
+def _erased(fn: Any, image: Any, inputs: Mapping[str, Any]) -> Any:
+    if inputs["erased"]:
+        image = fn.erase(
+            image, anchor=inputs["erased_start"], shape=inputs["erased_shape"], axis_names="HW", fill_value=0
+        )
+    return image

@@ -1,0 +1,107 @@
+"""The input pipeline on torchvision and torch.utils.data.DataLoader: the reference, and what runs without DALI.
+
+Worker processes decode, crop, resize, augment and normalise, a batch each at a time, by
+`engine.data.torchvision_steps`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.data.decode import decode_image
+from engine.data.loader import Batch, Loader, Planned
+from engine.data.torchvision_steps import prepare
+from engine.errors import UserError
+
+
+class TorchvisionLoader(Loader):
+    """`Loader` by torchvision, in ``workers`` processes."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # without a cycle, the DataLoader ends its workers as soon as nobody holds this loader
+        self._queue = _Queue(weakref.proxy(self))
+        on_gpu = self.device.type == "cuda"
+        self._loader = DataLoader(
+            _Batches(self),
+            batch_size=None,
+            sampler=self._queue,
+            num_workers=self.workers,
+            pin_memory=on_gpu,
+            persistent_workers=True,
+        )
+        self._run = 0
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._queue.epoch, self._queue.start = epoch, start
+        self._run += 1
+        return self._batches(iter(self._loader), self._run)
+
+    def _batches(self, batches: Iterator[Any], run: int) -> Iterator[Batch]:
+        while True:
+            if run != self._run:
+                raise RuntimeError("this epoch ended when another one was begun on the same loader")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, _Failure):
+                raise UserError(f"cannot decode {batch.file} ({batch.reason}): remove or replace it, then start again")
+            images, labels = batch
+            yield (
+                images.to(self.device, non_blocking=True).permute(0, 3, 1, 2),
+                labels.to(self.device, non_blocking=True),
+            )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker hands over in place of a batch: an exception would arrive with the worker's whole traceback."""
+
+    file: str
+    reason: str
+
+
+class _Queue:
+    """The batches of the epoch that comes next: what a sampler is to a DataLoader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self._loader) - self.start
+
+    def __iter__(self) -> Iterator[Planned]:
+        order = self._loader.order(self.epoch)
+        for batch in range(self.start, len(self._loader)):
+            yield self._loader.planned(order, self.epoch, batch)
+
+
+class _Batches(Dataset[Any]):
+    """A planned batch -> images (B, img_size, img_size, 3) and labels (B,), in a worker process."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.data, self.img_size, self.dtype = loader.data, loader.img_size, loader.dtype
+        self.mean, self.std = loader.mean, loader.std
+
+    def __getitem__(self, planned: Planned) -> tuple[Tensor, Tensor] | _Failure:
+        images = torch.empty((len(planned.indices), self.img_size, self.img_size, 3), dtype=self.dtype)
+        for i, index in enumerate(planned.indices):
+            file = self.data.files[index]
+            try:
+                pixels = torch.from_numpy(decode_image(file).copy()).permute(2, 0, 1)
+            except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
+                return _Failure(file, str(error) or type(error).__name__)
+            box = None if planned.boxes is None else planned.boxes[i]
+            images[i] = prepare(pixels, self.img_size, box, planned.drawn, i, mean=self.mean, std=self.std).permute(
+                1, 2, 0
+            )
+        return images, torch.from_numpy(np.asarray(self.data.labels[planned.indices]))
