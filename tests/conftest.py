@@ -1,14 +1,47 @@
 """What has to be set before torch and Triton's kernels are first imported."""
 
 import os
+from collections.abc import Callable, Iterator
 
 # Workers of pytest -n share the cores: OpenMP's threads of one would wait for those of another
 if "PYTEST_XDIST_WORKER" in os.environ:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
+import pytest
 import torch
 
 # Without a GPU, Triton's kernels run in its interpreter
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The longest first, so that a worker that has come to the end does not wait long for another
+HEAVY = (
+    "test_cuda_on_cpu",
+    "test_mutations",
+    "test_residual_tail",
+    "test_train",
+    "test_triton_audit",
+    "test_squeeze_excite",
+    "test_triton_tail",
+    "test_tail_training",
+    "test_any_model",
+    "test_fuse_tails",
+    "test_models",
+    "test_instruction_sets",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # by which xdist begins with the files of the most tests, however short
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

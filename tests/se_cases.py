@@ -22,6 +22,13 @@ SOME_DTYPES_AND_LAYOUTS = [
 NAMES = ("out", "dx", "dw1", "dw2", "db1", "db2")
 
 
+def ids(values: object) -> str:
+    """Of a dtype or a shape, short."""
+    if isinstance(values, torch.dtype):
+        return str(values).removeprefix("torch.")
+    return "x".join(map(str, values)) if isinstance(values, tuple) else str(values)
+
+
 def in_dtypes_and_layouts(backends: Iterable[object]) -> list[object]:
     """Parameters (backend, dtype, layout)."""
     return [

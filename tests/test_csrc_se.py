@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.accuracy import assert_as_accurate_as_eager
+from tests.se_cases import LAYOUTS, ids
 
 pytest.importorskip("kernels._C", reason="csrc is not built", exc_type=ImportError)
 
@@ -22,7 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ACTS = [F.relu, F.silu, F.gelu]
 # torch's own hardsigmoid has a gradient of float32's 1/6 also in float64
 GATES = [torch.sigmoid, lambda z: (z + 3).clamp(0, 6) / 6]
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 RELU, SILU, GELU, SIGMOID, HARDSIGMOID = 0, 1, 2, 0, 1
 
 #         N, C, H, W, R
@@ -39,12 +36,6 @@ SHAPES = [
 ]
 
 
-def ids(values: object) -> str:
-    if isinstance(values, torch.dtype):
-        return str(values).removeprefix("torch.")
-    return "x".join(map(str, values)) if isinstance(values, tuple) else str(values)
-
-
 class Weights(NamedTuple):
     w1: Tensor
     b1: Tensor | None
@@ -58,13 +49,6 @@ class Weights(NamedTuple):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def make_weights(C: int, R: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> Weights:
@@ -338,22 +322,3 @@ def test_bad_input_of_the_backward_pass_is_named() -> None:
         backward(X.double(), gate)
     with pytest.raises(ValueError, match=r"gate must have shape \(N, C\) = \[2, 8\], got \[2, 7\]"):
         backward(X, gate[:, :7])
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability: str) -> None:
-    expected = "baseline" if capability == "default" else "AVX2"
-    probe = "import torch; from kernels import _C; print(torch.ops.kernels_C.instruction_set())"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
-    if run.stdout.strip() != expected:
-        pytest.skip(f"this processor does not run {expected}")
-    chosen = "(test_values_and_gradients and not 2048) or rounds_to_nearest or nan_and_infinity or 6016"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout

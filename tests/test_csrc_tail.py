@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -17,23 +14,17 @@ from kernels.residual_tail import SE, FixedNorm, How, Saved, residual_tail_refer
 from kernels.residual_tail import Norm as GivenNorm
 from kernels.statistics import MEAN, UNBIASED_VAR
 from tests import tail_formula
+from tests.se_cases import LAYOUTS, ids
 
 pytest.importorskip("kernels._C", reason="csrc is not built", exc_type=ImportError)
 
 from kernels import tail_cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 SAVED = ("out", "mask", "stats", "stats2", "deviation", "pooled", "hidden", "gate")
 GRADIENTS = ("dy", "dresidual", "dweight", "dbias", "dw1", "db1", "dw2", "db2", "dweight2", "dbias2")
 #         N, C, H, W
 SHAPES = [(2, 1, 3, 3), (3, 9, 1, 1), (5, 64, 4, 4), (2, 130, 17, 13), (1, 3, 100, 90), (6, 2100, 3, 3), (7, 33, 2, 1)]
-
-
-def ids(values: object) -> str:
-    if isinstance(values, torch.dtype):
-        return str(values).removeprefix("torch.")
-    return "x".join(map(str, values)) if isinstance(values, tuple) else str(values)
 
 
 class Case(NamedTuple):
@@ -108,13 +99,6 @@ def make_case(
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_as_formula(case: Case, tolerance: float = 1e-12) -> None:
@@ -395,22 +379,3 @@ def test_bad_input_of_the_backward_pass_is_named() -> None:
         tail_cpu.tail_bwd(torch.zeros(2, 8, 3, 4), saved, CASE.how(), CASE.wanted())
     with pytest.raises(ValueError, match=r"mask must have shape .* = \[2, 9, 1\], got \[2, 9\]"):
         tail_cpu.tail_bwd(CASE.dout, saved._replace(mask=saved.mask[..., 0]), CASE.how(), CASE.wanted())
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability: str) -> None:
-    expected = "baseline" if capability == "default" else "AVX2"
-    probe = "import torch; from kernels import _C; print(torch.ops.kernels_C.instruction_set())"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
-    if run.stdout.strip() != expected:
-        pytest.skip(f"this processor does not run {expected}")
-    chosen = "(every_switch and plain) or 130x17 or (mask_says and plain) or sign_is or carried"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout

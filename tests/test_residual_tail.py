@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from typing import Any
@@ -31,14 +32,14 @@ TAILS: dict[str, dict[str, Any]] = {
 }
 SHAPES = {  # (N, C, H, W, R)
     "odd": (3, 67, 5, 9, 9),
-    "one_pixel": (12, 70, 1, 1, 11),
+    "one_pixel": (7, 70, 1, 1, 11),
     "one_sample": (1, 88, 7, 5, 11),
     "one_channel": (4, 1, 9, 8, 1),
     "one_column": (3, 57, 23, 1, 13),
-    "many_samples": (37, 20, 3, 3, 17),
-    "several_blocks": (2, 272, 13, 11, 40),
+    "many_samples": (37, 12, 2, 2, 17),
+    "several_blocks": (2, 258, 7, 11, 40),
 }
-PLAIN = (4, 64, 7, 6, 8)
+PLAIN = (3, 64, 5, 6, 8)
 
 
 @pytest.fixture
@@ -56,19 +57,26 @@ def test_values_gradients_and_running_statistics(backend, tail, training, dtype,
         assert actual[name].is_contiguous(memory_format=LAYOUTS[layout])
 
 
+def taken_by(backend: Any, shape: str, tail: str, layout: str) -> bool:
+    """Every one, but of those that take the interpreter longest the ones that launch the most kernels."""
+    if backend != "triton":
+        return True
+    seldom = shape in ("one_pixel", "many_samples", "several_blocks") and tail == "norm_relu"
+    return not seldom and (tail == "norm_se_add_relu") == (layout == "contiguous")
+
+
 @pytest.mark.parametrize(
-    ("backend", "tail", "layout"),
+    ("backend", "shape", "tail", "layout"),
     [
-        param(backend, tail, layout)
-        for backend in TAILED
-        for tail, layout in itertools.product(("norm_relu", "norm_se_add_relu", "norm_se_add_norm_relu"), LAYOUTS)
-        # the interpreter is slow
-        if backend != "triton" or (tail == "norm_se_add_relu") == (layout == "contiguous")
+        param(backend, shape, tail, layout)
+        for backend, shape, tail, layout in itertools.product(
+            TAILED, SHAPES, ("norm_relu", "norm_se_add_relu", "norm_se_add_norm_relu"), LAYOUTS
+        )
+        if taken_by(backend, shape, tail, layout)
     ],
 )
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_shapes(backend, shape, tail, layout):
-    check_parity(make_tail(shape, torch.float32, backend, layout=layout, **TAILS[tail]), backend)
+    check_parity(make_tail(SHAPES[shape], torch.float32, backend, layout=layout, **TAILS[tail]), backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -79,7 +87,7 @@ def test_gradcheck(implementation, training, tail, layout, monkeypatch):
     if implementation == "formula":
         module = importlib.import_module("kernels.residual_tail")  # as an attribute of kernels it is the function
         monkeypatch.setattr(module, "backend_module", lambda backend: tail_formula)
-    case = make_tail((3, 4, 3, 2, 3), torch.float64, layout=layout, training=training, **tail).leaves()
+    case = make_tail((2, 3, 3, 2, 2), torch.float64, layout=layout, training=training, **tail).leaves()
     fixed = {name: t.detach() for name, t in case.running().items()}
 
     def run(*_: torch.Tensor) -> torch.Tensor:
@@ -111,7 +119,7 @@ def textbook_variance(y: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("backend", TAILED)
 def test_a_mean_of_1e4_standard_deviations(backend, layout):
     """In float32, where E[y^2] - E[y]^2 has no correct digit left; and no worse than eager anywhere."""
-    tail = make_tail((8, 64, 14, 14, 8), torch.float32, backend, layout=layout, shift=1e4)
+    tail = make_tail((4, 24, 10, 10, 8), torch.float32, backend, layout=layout, shift=1e4)
     exact = tail.y.double().var((0, 2, 3), correction=0).float()
     assert (textbook_variance(tail.y) - exact).abs().max() > 0.5
     tail.norm = tail.norm._replace(momentum=1.0)
@@ -119,7 +127,7 @@ def test_a_mean_of_1e4_standard_deviations(backend, layout):
     for name, correct in value_and_gradients(tail.to(torch.float64), "eager").items():
         error, eagers = ((got[name] - correct).abs().max() for got in (actual, eager))
         assert error <= 2 * eagers + 6e-8 * correct.abs().max(), f"{name}: {error}, eager {eagers}"
-    torch.testing.assert_close(actual["running_var"], exact * (8 * 196 / (8 * 196 - 1)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual["running_var"], exact * (400 / 399), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("tail", ("norm_relu", "norm_se_add_relu"))
@@ -185,18 +193,17 @@ def cut_to(tail: Tail, y: torch.Tensor) -> Tail:
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
 @pytest.mark.parametrize("backend", TAILED)
 def test_views_are_read_in_place(backend, view, dtype):
-    tail = make_tail((3, 44, 9, 8, 6), dtype, backend)
+    tail = make_tail((2, 28, 9, 8, 6), dtype, backend)
     case = cut_to(tail, view(tail.y))
     before = case.y.clone()
     leaves = case.leaves()
     leaves.y = case.y.detach().requires_grad_()  # leaves() copies, and this is about y's own memory
     out = residual_tail(leaves.y, leaves.norm, **leaves.options(), backend=backend)
-    expected = value_and_gradients(case, backend)
-    torch.testing.assert_close(out, expected["out"])
     (dy,) = torch.autograd.grad(out, leaves.y, case.dout)
-    torch.testing.assert_close(dy, expected["dy"])
     assert torch.equal(case.y, before)
-    check_parity(case, backend)
+    expected = check_parity(case, backend)
+    torch.testing.assert_close(out, expected["out"])
+    torch.testing.assert_close(dy, expected["dy"])
 
 
 @pytest.mark.parametrize("backend", TAILED)
@@ -217,11 +224,17 @@ def test_expanded_and_foreign_gradients_and_residuals(backend):
         check_parity(tail, backend)
 
 
+@functools.cache
+def small_tail(backend: str) -> tuple[Tail, dict[str, torch.Tensor]]:
+    """A tail, and all its gradients."""
+    tail = make_tail((2, 32, 4, 4, 4), torch.float32, backend, residual="norm")
+    return tail, value_and_gradients(tail, backend)
+
+
 @pytest.mark.parametrize("position", range(10))
 @pytest.mark.parametrize("backend", TAILED)
 def test_only_the_gradients_asked_for(backend, position, monkeypatch):
-    tail = make_tail((2, 32, 4, 4, 4), torch.float32, backend, residual="norm")
-    full = value_and_gradients(tail, backend)
+    tail, full = small_tail(backend)
     name = ("y", "residual", "weight", "bias", "w1", "b1", "w2", "b2", "weight2", "bias2")[position]
     masks = []
     call = TAIL_MODULES[backend].tail_bwd
@@ -352,7 +365,7 @@ def test_the_cuda_backend_has_no_tail():
 )
 def test_se_resnet_stage(backend, dtype, parameters):
     """Stage 4 cut down in samples and in R, both ways that a model holds its parameters."""
-    tail = make_tail((3, 512, 7, 7, 8), dtype, backend, parameters=parameters)
+    tail = make_tail((2, 512, 7, 7, 8), dtype, backend, parameters=parameters)
     assert tail.y.device.type == DEVICES[backend].split(":")[0]
     if parameters is None:
         check_parity(tail, backend)

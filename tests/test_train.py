@@ -34,9 +34,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory) -> Path:
-    """A run of four epochs with fused tails."""
+    """A run of three epochs with fused tails."""
     output = tmp_path_factory.mktemp("runs") / "finished"
-    flags = (*FLAGS, "--epochs", "4", "--fused-se", "--keep-epochs")
+    flags = (*FLAGS, "--epochs", "3", "--fused-se", "--keep-epochs")
     assert run(train.main, ["--data-dir", str(folder), *flags, "--output", str(output)]) == 0
     return output
 
@@ -70,8 +70,8 @@ def test_run_directory_is_complete_and_the_network_has_learnt(finished):
     ):
         assert (finished / name).stat().st_size > 0, name
     assert not list(finished.rglob("*.unfinished"))
-    assert [row["epoch"] for row in rows(finished)] == ["0", "1", "2", "3"]
-    assert len(list((finished / "epochs").iterdir())) == 4
+    assert [row["epoch"] for row in rows(finished)] == ["0", "1", "2"]
+    assert len(list((finished / "epochs").iterdir())) == 3
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["split"] == "test"
     assert metrics["macro_f1"] > 0.9
@@ -152,7 +152,7 @@ def start(*argv: str) -> subprocess.Popen:
 def test_killed_run_resumes_to_the_very_same_end(folder, finished, tmp_path, moment):
     killed = tmp_path / "killed"
     process = start(
-        "--data-dir", str(folder), *FLAGS, "--epochs", "4", "--fused-se", "--keep-epochs", "--output", str(killed)
+        "--data-dir", str(folder), *FLAGS, "--epochs", "3", "--fused-se", "--keep-epochs", "--output", str(killed)
     )
     unfinished = killed / ".last.pt.unfinished"
     try:
@@ -165,7 +165,7 @@ def test_killed_run_resumes_to_the_very_same_end(folder, finished, tmp_path, mom
         process.send_signal(signal.SIGKILL)
         process.communicate()
     epochs_done = load_checkpoint(killed / "last.pt")["epoch"] + 1
-    assert epochs_done < 4, "the run was over before it was killed"
+    assert epochs_done < 3, "the run was over before it was killed"
     assert run(train.main, ["--resume", str(killed)]) == 0
     assert rows(killed) == rows(finished)
     assert_equal_weights(killed / "last.pt", finished / "last.pt")
@@ -208,22 +208,30 @@ def stop_after_one_epoch(argv: list[str], monkeypatch) -> None:
 
 
 FUSED, EAGER = ("--fused-se",), ("--no-fused-se",)
+# SGD, whose steps a rounding does not turn round, as it does those of Adam where a gradient is nearly zero
+STEADY = (*FLAGS, "--opt", "sgd", "--sched", "constant", "--epochs", "3")
+
+
+@pytest.fixture(scope="module")
+def eager_throughout(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "eager"
+    assert run(train.main, ["--data-dir", str(folder), *STEADY, "--output", str(output)]) == 0
+    return output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stages", ((EAGER, FUSED, EAGER), (FUSED, EAGER, (*FUSED, "--fused-scope", "block"))), ids=("eager", "fused")
 )
-def test_a_run_goes_on_eager_or_fused_from_the_checkpoint_of_the_other(folder, tmp_path, monkeypatch, stages):
+def test_a_run_goes_on_eager_or_fused_from_the_checkpoint_of_the_other(
+    folder, eager_throughout, tmp_path, monkeypatch, stages
+):
     """Each epoch in another way than the one before: the losses are those of a run that is eager throughout."""
-    # SGD, whose steps a rounding does not turn round, as it does those of Adam where a gradient is nearly zero
-    flags = ("--data-dir", str(folder), *FLAGS, "--opt", "sgd", "--sched", "constant", "--epochs", "3")
-    assert run(train.main, [*flags, "--output", str(tmp_path / "eager")]) == 0
     mixed = tmp_path / "mixed"
-    stop_after_one_epoch([*flags, *stages[0], "--output", str(mixed)], monkeypatch)
+    stop_after_one_epoch(["--data-dir", str(folder), *STEADY, *stages[0], "--output", str(mixed)], monkeypatch)
     stop_after_one_epoch(["--resume", str(mixed), *stages[1]], monkeypatch)
     assert run(train.main, ["--resume", str(mixed), *stages[2]]) == 0
-    for eager_row, mixed_row in zip(rows(tmp_path / "eager"), rows(mixed), strict=True):
+    for eager_row, mixed_row in zip(rows(eager_throughout), rows(mixed), strict=True):
         for loss in ("train_loss", "val_loss"):
             assert float(mixed_row[loss]) == pytest.approx(float(eager_row[loss]), rel=1e-3), (eager_row, mixed_row)
 
@@ -232,11 +240,11 @@ def test_a_run_goes_on_eager_or_fused_from_the_checkpoint_of_the_other(folder, t
 def test_digits_are_the_data_when_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "digits"
-    flags = ("--model", "seresnet18", "--epochs", "4", "--warmup-epochs", "0", "--fused-se")
+    flags = ("--model", "seresnet18", "--epochs", "2", "--warmup-epochs", "0", "--fused-se")
     assert run(train.main, [*flags, "--output", str(output)]) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     assert [metrics["per_class"][str(digit)]["support"] for digit in range(10)] == [40] * 10
-    assert metrics["macro_f1"] > 0.3  # one class for everything would be 0.02
+    assert metrics["auroc_macro_ovr"] > 0.75  # at random it would be 0.5
     assert yaml.safe_load((output / "args.yaml").read_text())["img_size"] == 32
 
 

@@ -100,7 +100,8 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-constexpr size_t kStack = 256 << 10;
+// No larger than needed: AddressSanitizer clears its shadow of the whole stack at every switch.
+constexpr size_t kStack = 64 << 10;
 
 // What a fibre needs of the system; used again in later launches.
 struct Place {
