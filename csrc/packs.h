@@ -43,11 +43,13 @@ inline __attribute__((always_inline)) void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, kCount>());
 }
 
+template <class T, class F, int... kIndex>
+inline __attribute__((always_inline)) Pack<T> each(F f, std::integer_sequence<int, kIndex...>) {
+  return {{f(std::integral_constant<int, kIndex>{})...}};
+}
 template <class T, class F>
 inline __attribute__((always_inline)) Pack<T> each(F f) {
-  Pack<T> p;
-  unrolled<kPackVectors<T>>([&](auto k) __attribute__((always_inline)) { p.v[k] = f(k); });
-  return p;
+  return each<T>(f, std::make_integer_sequence<int, kPackVectors<T>>());
 }
 
 template <class V, size_t... kIndex>

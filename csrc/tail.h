@@ -21,6 +21,8 @@ enum Coefficient { kMean, kScale, kShift, kMean2, kScale2, kSlope, kDrift, kSlop
 template <class T>
 struct TailBlock {
   using A = acc_t<T>;
+  TailAct act;
+  Shortcut shortcut;
   Extent extent;
   View<const T> y, residual, dout;
   View<T> out, dy, dresidual;
@@ -35,16 +37,24 @@ struct TailBlock {
   double *sum, *dot, *dot2;
 };
 
+// One sweep over a block: made for a ReLU and a shortcut, or for any activation and shortcut.
+template <class T>
+struct TailSweep {
+  void (*relu[3])(const TailBlock<T>& block);  // by Shortcut
+  void (*any)(const TailBlock<T>& block);
+
+  void operator()(const TailBlock<T>& block) const {
+    (block.act == TailAct::relu ? relu[static_cast<int>(block.shortcut)] : any)(block);
+  }
+};
+
 template <class T>
 struct TailSweeps {
   // A value near the block's mean, finite
   void (*pivot)(View<const T> x, Extent extent, acc_t<T>* pivot);
   // sum += sum_hw (x - pivot), square += sum_hw (x - pivot)^2
   void (*moments)(View<const T> x, Extent extent, const acc_t<T>* pivot, double* sum, double* square);
-  // By activation and shortcut
-  void (*apply[3][3])(const TailBlock<T>& block);
-  void (*sums[3][3])(const TailBlock<T>& block);
-  void (*grads[3][3])(const TailBlock<T>& block);
+  TailSweep<T> apply, sums, grads;
 };
 
 template <class T>

@@ -91,29 +91,42 @@ void moments_channels_last(View<const T> x, Extent extent, const acc_t<T>* pivot
   }
 }
 
-// The lines of a block, walked side by side.
+// One pixel's channels of a chunk, in every tensor of a block.
 template <class T>
-struct TailLines {
-  Lines<const T> y, residual, dout;
-  Lines<T> out, dy, dresidual;
-  Lines<uint8_t> bits;
+struct Line {
+  Place<T> first;
+  uint8_t* bits;
 
-  TailLines(const TailBlock<T>& b, int64_t first = 0)
-      : y(b.y, b.extent.W, first),
-        residual(b.residual, b.extent.W, first),
-        dout(b.dout, b.extent.W, first),
-        out(b.out, b.extent.W, first),
-        dy(b.dy, b.extent.W, first),
-        dresidual(b.dresidual, b.extent.W, first),
-        bits(b.bits, b.extent.W, first) {}
+  Place<T> at(int64_t c) const {
+    return {first.y + c, first.residual + c, first.dout + c, first.out + c, first.dy + c, first.dresidual + c};
+  }
 };
 
-template <int kLines, class P, class Walk>
-inline __attribute__((always_inline)) void take(Walk& walk, int64_t offset, P (&lines)[kLines]) {
-  for (int l = 0; l < kLines; ++l) {
-    lines[l] = walk.next() + offset;
+template <class T>
+class TailLines {
+ public:
+  TailLines() = default;
+  TailLines(const TailBlock<T>& b, int64_t c0, int64_t first)
+      : c0_(c0),
+        y_(b.y, b.extent.W, first),
+        residual_(b.residual, b.extent.W, first),
+        dout_(b.dout, b.extent.W, first),
+        out_(b.out, b.extent.W, first),
+        dy_(b.dy, b.extent.W, first),
+        dresidual_(b.dresidual, b.extent.W, first),
+        bits_(b.bits, b.extent.W, first) {}
+  __attribute__((always_inline)) Line<T> next() {
+    return {{y_.next() + c0_, residual_.next() + c0_, dout_.next() + c0_, out_.next() + c0_, dy_.next() + c0_,
+             dresidual_.next() + c0_},
+            bits_.next() + c0_ / 8};
   }
-}
+
+ private:
+  int64_t c0_;
+  Lines<const T> y_, residual_, dout_;
+  Lines<T> out_, dy_, dresidual_;
+  Lines<uint8_t> bits_;
+};
 
 // The bits of a pack, whose first is at a byte of its own; those past the last are 0.
 template <bool kWhole, class T>
@@ -133,8 +146,8 @@ inline uint32_t read_bits(const uint8_t* from, int64_t count) {
 }
 
 // Calls f(rows, c0, C) for every chunk of channels, with those coefficients that `picks` asks for.
-template <class T, class F>
-inline __attribute__((always_inline)) void for_each_chunk(const TailBlock<T>& block, bool (*picks)(int), F f) {
+template <class T, class Picks, class F>
+inline __attribute__((always_inline)) void for_each_chunk(const TailBlock<T>& block, Picks picks, F f) {
   Rows<T, kCoefficients> rows;
   for (int64_t c0 = 0; c0 < block.extent.C; c0 += kChannelChunk) {
     const int64_t C = smaller(block.extent.C - c0, kChannelChunk);
@@ -147,215 +160,156 @@ inline __attribute__((always_inline)) void for_each_chunk(const TailBlock<T>& bl
   }
 }
 
-// Calls f(lines) for groups of kLines lines, and then of one; `lines` is a type.
-template <int kLines, class F>
-inline __attribute__((always_inline)) void for_each_lines(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + kLines <= count; i += kLines) {
-    f(std::integral_constant<int, kLines>{});
-  }
-  for (; i < count; ++i) {
-    f(std::integral_constant<int, 1>{});
-  }
-}
-
-template <class T>
-inline bool can_stream(const View<T>& view, int64_t C, bool past_cache) {
-  const auto bytes = [](auto v) { return static_cast<int64_t>(v * sizeof(T)); };
-  return past_cache && view.data &&
-         (reinterpret_cast<uintptr_t>(view.data) | bytes(view.stride_h) | bytes(view.stride_w) |
-          bytes(C)) % 64 == 0;
-}
-
-template <bool kWhole, class T>
-inline void put(T* to, int64_t count, Raw<T> raw, bool streamed) {
-  if (kWhole && streamed) {
-    stream_raw(to, raw);
-  } else {
-    store_raw<kWhole>(to, count, raw);
-  }
-}
-
-template <class T, TailAct kAct, Shortcut kShortcut>
-void apply_channels_last(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  constexpr bool kWithResidual = kShortcut != Shortcut::none;
-  const bool streamed = can_stream(block.out, block.extent.C, block.out_past_cache);
-  const bool masked = E::kMasked && block.bits.data;
-  for_each_chunk(block, [](int k) { return E::in_apply(k); }, [&](const auto& rows, int64_t c0, int64_t C) {
-    TailLines<T> walk(block);
-    for_each_lines<4>(block.extent.H * block.extent.W, [&](auto lines) {
-      constexpr int kLines = decltype(lines)::value;
-      const T *y[kLines], *residual[kLines];
-      T* out[kLines];
-      uint8_t* bits[kLines];
-      take(walk.y, c0, y);
-      take(walk.residual, c0, residual);
-      take(walk.out, c0, out);
-      take(walk.bits, c0 / 8, bits);
-      for_each_pack<T>(C, [&](auto whole, int64_t c, int64_t count) __attribute__((always_inline)) {
-        constexpr bool kWhole = decltype(whole)::value;
-        Pack<T> k[kCoefficients];
-        unrolled<kCoefficients>([&](auto i) __attribute__((always_inline)) {
-          if constexpr (E::in_apply(i)) {
-            k[i] = load_pack<T>(rows.row[i] + c);
-          }
-        });
-        unrolled<kLines>([&](auto l) __attribute__((always_inline)) {
-          Pack<T> right{};
-          if constexpr (kWithResidual) {
-            right = widen<T>(load_raw<kWhole>(residual[l] + c, count));
-          }
-          const Pack<T> left = widen<T>(load_raw<kWhole>(y[l] + c, count));
-          const Pack<T> v = E::before(left, right, [&](int i) __attribute__((always_inline)) { return k[i]; });
-          put<kWhole>(out[l] + c, count, narrow<T>(E::activated(v)), streamed);
-          if constexpr (E::kMasked) {
-            if (masked) {
-              write_bits<kWhole, T>(bits[l] + c / 8, count, passes<T>(v));
-            }
-          }
-        });
-      });
-    });
+template <class T, class Picks>
+inline __attribute__((always_inline)) void load_coefficients(const Rows<T, kCoefficients>& rows, int64_t c, Picks picks,
+                                                             Pack<T> (&k)[kCoefficients]) {
+  unrolled<kCoefficients>([&](auto i) __attribute__((always_inline)) {
+    if (picks(i)) {
+      k[i] = load_pack<T>(rows.row[i] + c);
+    }
   });
-  if (streamed) {
-    stream_fence();
+}
+
+// Calls f(l) for each of kLines lines: side by side where packs are whole. The last, partial one is not worth the code.
+template <bool kWhole, int kLines, class F>
+inline __attribute__((always_inline)) void for_each_line(F f) {
+  if constexpr (kWhole) {
+    unrolled<kLines>(f);
+  } else {
+    for (int l = 0; l < kLines; ++l) {
+      f(l);
+    }
   }
 }
 
-template <class T, TailAct kAct, Shortcut kShortcut>
+// Calls f(whole, line, c, count, k) for every pack of every line of a block.
+template <class T, class Kind, class Picks, class F>
+inline __attribute__((always_inline)) void for_each_pack_of_lines(const TailBlock<T>& block, Picks picks, F f) {
+  const int64_t count = block.extent.H * block.extent.W;
+  for_each_chunk(block, picks, [&](const auto& rows, int64_t c0, int64_t C) __attribute__((always_inline)) {
+    TailLines<T> walk(block, c0, 0);
+    const auto take = [&](auto lines) __attribute__((always_inline)) {
+      constexpr int kLines = decltype(lines)::value;
+      Line<T> line[kLines];
+      for (int l = 0; l < kLines; ++l) {
+        line[l] = walk.next();
+      }
+      for_each_pack<T>(C, [&](auto whole, int64_t c, int64_t left) __attribute__((always_inline)) {
+        Pack<T> k[kCoefficients];
+        load_coefficients(rows, c, picks, k);
+        for_each_line<decltype(whole)::value, kLines>(
+            [&](auto l) __attribute__((always_inline)) { f(whole, line[l], c, left, k); });
+      });
+    };
+    int64_t i = 0;
+    if constexpr (Kind::kLines > 1) {
+      for (; i + Kind::kLines <= count; i += Kind::kLines) {
+        take(std::integral_constant<int, Kind::kLines>{});
+      }
+    }
+    for (; i < count; ++i) {
+      take(std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+template <class T, class Kind>
+inline Element<T, Kind> element_of_lines(const TailBlock<T>& block) {
+  const int64_t C = block.extent.C;
+  return Element<T, Kind>(block, [C](const View<T>& view, bool past_cache) {
+    const auto bytes = [](auto v) { return static_cast<int64_t>(v * sizeof(T)); };
+    return past_cache && view.data &&
+           (reinterpret_cast<uintptr_t>(view.data) | bytes(view.stride_h) | bytes(view.stride_w) | bytes(C)) % 64 == 0;
+  });
+}
+
+template <class T, class Kind>
+void apply_channels_last(const TailBlock<T>& block) {
+  const Element<T, Kind> element = element_of_lines<T, Kind>(block);
+  for_each_pack_of_lines<T, Kind>(
+      block, [&](int i) { return element.in_apply(i); },
+      [&](auto whole, const Line<T>& line, int64_t c, int64_t count, const Pack<T>* k) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const uint32_t passed = element.template apply<kWhole>(line.at(c), count, k);
+        if (element.masked()) {
+          write_bits<kWhole, T>(line.bits + c / 8, count, passed);
+        }
+      });
+  element.finish();
+}
+
+template <class T, class Kind>
 void sums_channels_last(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  constexpr int kSums = E::kNormed ? 3 : 2, kMost = 4;
+  const Element<T, Kind> element = element_of_lines<T, Kind>(block);
+  const auto picks = [&](int i) { return element.in_sums(i); };
   double* const totals[3] = {block.sum, block.dot, block.dot2};
-  for_each_chunk(block, [](int k) { return E::in_sums(k); }, [&](const auto& rows, int64_t c0, int64_t C) {
-    Rows<T, kSums> acc;
+  const int sums = element.normed() ? 3 : 2;
+  for_each_chunk(block, picks, [&](const auto& rows, int64_t c0, int64_t C) __attribute__((always_inline)) {
+    Rows<T, 3> acc;
+    // As `add_block`: a group's lines lie apart
+    const auto add_groups = [&](auto lines, int64_t first, int64_t groups) __attribute__((always_inline)) {
+      constexpr int kLines = decltype(lines)::value;
+      TailLines<T> walks[kLines];
+      for (int l = 0; l < kLines; ++l) {
+        walks[l] = TailLines<T>(block, c0, first + l * groups);
+      }
+      for (int64_t group = 0; group < groups; ++group) {
+        Line<T> line[kLines];
+        for (int l = 0; l < kLines; ++l) {
+          line[l] = walks[l].next();
+        }
+        for_each_pack<T>(C, [&](auto whole, int64_t c, int64_t left) __attribute__((always_inline)) {
+          constexpr bool kWhole = decltype(whole)::value;
+          Pack<T> k[kCoefficients], sum[3] = {};
+          load_coefficients(rows, c, picks, k);
+          unrolled<3>([&](auto s) __attribute__((always_inline)) {
+            if (s < sums) {
+              sum[s] = load_pack<T>(acc.row[s] + c);
+            }
+          });
+          for_each_line<kWhole, kLines>([&](auto l) __attribute__((always_inline)) {
+            const uint32_t passed = element.masked() ? read_bits<kWhole, T>(line[l].bits + c / 8, left) : 0;
+            element.template add<kWhole>(line[l].at(c), left, passed, k, sum);
+          });
+          unrolled<3>([&](auto s) __attribute__((always_inline)) {
+            if (s < sums) {
+              store_pack<T>(acc.row[s] + c, sum[s]);
+            }
+          });
+        });
+      }
+    };
     const int64_t count = block.extent.H * block.extent.W;
     for (int64_t done = 0; done < count;) {
-      for (int s = 0; s < kSums; ++s) {
+      for (int s = 0; s < sums; ++s) {
         pack_row<T>(nullptr, C, acc.row[s]);
       }
-      const auto add_lines = [&](auto lines, int64_t groups) {
-        constexpr int kLines = decltype(lines)::value;
-        Lines<const T> y_walk[kLines], residual_walk[kLines], dout_walk[kLines];
-        Lines<uint8_t> bits_walk[kLines];
-        for (int l = 0; l < kLines; ++l) {
-          const int64_t first = done + l * groups;
-          y_walk[l] = Lines<const T>(block.y, block.extent.W, first);
-          residual_walk[l] = Lines<const T>(block.residual, block.extent.W, first);
-          dout_walk[l] = Lines<const T>(block.dout, block.extent.W, first);
-          bits_walk[l] = Lines<uint8_t>(block.bits, block.extent.W, first);
-        }
-        for (int64_t group = 0; group < groups; ++group) {
-          const T *y[kLines], *residual[kLines], *dout[kLines];
-          const uint8_t* bits[kLines];
-          for (int l = 0; l < kLines; ++l) {
-            y[l] = y_walk[l].next() + c0;
-            residual[l] = residual_walk[l].next() + c0;
-            dout[l] = dout_walk[l].next() + c0;
-            bits[l] = bits_walk[l].next() + c0 / 8;
-          }
-          for_each_pack<T>(C, [&](auto whole, int64_t c, int64_t left) __attribute__((always_inline)) {
-            constexpr bool kWhole = decltype(whole)::value;
-            Pack<T> k[kCoefficients], sum[kSums];
-            unrolled<kCoefficients>([&](auto i) __attribute__((always_inline)) {
-              if constexpr (E::in_sums(i)) {
-                k[i] = load_pack<T>(rows.row[i] + c);
-              }
-            });
-            unrolled<kSums>([&](auto s) __attribute__((always_inline)) { sum[s] = load_pack<T>(acc.row[s] + c); });
-            unrolled<kLines>([&](auto l) __attribute__((always_inline)) {
-              Pack<T> right{};
-              if constexpr (E::kReadsResidual) {
-                right = widen<T>(load_raw<kWhole>(residual[l] + c, left));
-              }
-              const Pack<T> x = widen<T>(load_raw<kWhole>(y[l] + c, left));
-              const uint32_t passed = E::kMasked ? read_bits<kWhole, T>(bits[l] + c / 8, left) : 0;
-              const Pack<T> d = E::through_act(load_raw<kWhole>(dout[l] + c, left), passed, x, right,
-                                               [&](int i) __attribute__((always_inline)) { return k[i]; });
-              const Pack<T> from_mean = E::centred(x, k[kMean]);
-              sum[0] = each<T>([&](auto i) { return sum[0].v[i] + d.v[i]; });
-              sum[1] = each<T>([&](auto i) { return multiply_add(d.v[i], from_mean.v[i], sum[1].v[i]); });
-              if constexpr (E::kNormed) {
-                const Pack<T> from_mean2 = E::centred(right, k[kMean2]);
-                sum[2] = each<T>([&](auto i) { return multiply_add(d.v[i], from_mean2.v[i], sum[2].v[i]); });
-              }
-            });
-            unrolled<kSums>([&](auto s) __attribute__((always_inline)) { store_pack<T>(acc.row[s] + c, sum[s]); });
-          });
-        }
-        done += kLines * groups;
-      };
-      const int64_t groups = smaller((count - done) / kMost, kGroupsPerBlock);
+      const int64_t groups = smaller((count - done) / Kind::kLines, kGroupsPerBlock);
       if (groups > 0) {
-        add_lines(std::integral_constant<int, kMost>{}, groups);
+        add_groups(std::integral_constant<int, Kind::kLines>{}, done, groups);
+        done += Kind::kLines * groups;
       } else {
-        add_lines(std::integral_constant<int, 1>{}, count - done);
+        add_groups(std::integral_constant<int, 1>{}, done, count - done);
+        done = count;
       }
-      for (int s = 0; s < kSums; ++s) {
+      for (int s = 0; s < sums; ++s) {
         add_row<T>(acc.row[s], C, totals[s] + c0);
       }
     }
   });
 }
 
-template <class T, TailAct kAct, Shortcut kShortcut>
+template <class T, class Kind>
 void grads_channels_last(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  const bool with_dy = block.dy.data, with_dresidual = kShortcut != Shortcut::none && block.dresidual.data;
-  const bool dy_streamed = can_stream(block.dy, block.extent.C, block.dy_past_cache);
-  const bool dresidual_streamed = can_stream(block.dresidual, block.extent.C, block.dresidual_past_cache);
-  const bool through = block.through_statistics, through2 = block.through_statistics2;
-  for_each_chunk(block, [](int k) { return E::in_grads(k); }, [&](const auto& rows, int64_t c0, int64_t C) {
-    TailLines<T> walk(block);
-    for_each_lines<4>(block.extent.H * block.extent.W, [&](auto lines) {
-      constexpr int kLines = decltype(lines)::value;
-      const T *y[kLines], *residual[kLines], *dout[kLines];
-      T *dy[kLines], *dresidual[kLines];
-      uint8_t* bits[kLines];
-      take(walk.y, c0, y);
-      take(walk.residual, c0, residual);
-      take(walk.dout, c0, dout);
-      take(walk.dy, c0, dy);
-      take(walk.dresidual, c0, dresidual);
-      take(walk.bits, c0 / 8, bits);
-      for_each_pack<T>(C, [&](auto whole, int64_t c, int64_t count) __attribute__((always_inline)) {
+  const Element<T, Kind> element = element_of_lines<T, Kind>(block);
+  for_each_pack_of_lines<T, Kind>(
+      block, [&](int i) { return element.in_grads(i); },
+      [&](auto whole, const Line<T>& line, int64_t c, int64_t count, const Pack<T>* k) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
-        Pack<T> held[kCoefficients];
-        unrolled<kCoefficients>([&](auto i) __attribute__((always_inline)) {
-          if constexpr (E::in_grads(i)) {
-            held[i] = load_pack<T>(rows.row[i] + c);
-          }
-        });
-        const auto k = [&](int i) __attribute__((always_inline)) { return held[i]; };
-        unrolled<kLines>([&](auto l) __attribute__((always_inline)) {
-          Pack<T> x{}, right{};
-          if (E::kRecomputed || through) {
-            x = widen<T>(load_raw<kWhole>(y[l] + c, count));
-          }
-          if constexpr (E::kReadsResidual) {
-            right = widen<T>(load_raw<kWhole>(residual[l] + c, count));
-          }
-          const uint32_t passed = E::kMasked ? read_bits<kWhole, T>(bits[l] + c / 8, count) : 0;
-          const Pack<T> d = E::through_act(load_raw<kWhole>(dout[l] + c, count), passed, x, right, k);
-          if (with_dy) {
-            const Pack<T> v = E::through_norm(d, x, through, k, kMean, kScale, kSlope, kDrift);
-            put<kWhole>(dy[l] + c, count, narrow<T>(v), dy_streamed);
-          }
-          if (with_dresidual) {
-            Pack<T> v = d;
-            if constexpr (E::kNormed) {
-              v = E::through_norm(d, right, through2, k, kMean2, kScale2, kSlope2, kDrift2);
-            }
-            put<kWhole>(dresidual[l] + c, count, narrow<T>(v), dresidual_streamed);
-          }
-        });
+        const uint32_t passed = element.masked() ? read_bits<kWhole, T>(line.bits + c / 8, count) : 0;
+        element.template grads<kWhole>(line.at(c), count, passed, k);
       });
-    });
-  });
-  if (dy_streamed || dresidual_streamed) {
-    stream_fence();
-  }
+  element.finish();
 }
 
 }  // namespace

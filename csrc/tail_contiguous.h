@@ -127,159 +127,116 @@ void moments_contiguous(View<const T> x, Extent extent, const acc_t<T>* pivot, d
   }
 }
 
-template <class T, class F>
-inline __attribute__((always_inline)) void for_each_channel(const TailBlock<T>& block, bool (*picks)(int), F f) {
+// Calls f(c, k) for every channel, with those coefficients that `picks` asks for.
+template <class T, class Picks, class F>
+inline __attribute__((always_inline)) void for_each_channel(const TailBlock<T>& block, Picks picks, F f) {
   using A = acc_t<T>;
   for (int64_t c = 0; c < block.extent.C; ++c) {
     Pack<T> k[kCoefficients];
-    for (int i = 0; i < kCoefficients; ++i) {
+    unrolled<kCoefficients>([&](auto i) __attribute__((always_inline)) {
       if (picks(i)) {
         const Vec<A> value = broadcast<A>(block.coefficient[i] ? block.coefficient[i][c] : A(0));
         k[i] = each<T>([&](auto) { return value; });
       }
-    }
+    });
     f(c, k);
   }
 }
 
+// One row of pixels of a channel, in every tensor of a block.
 template <class T>
-inline T* segment(const View<T>& view, int64_t c, int64_t h) {
-  return view.data + c * view.stride_c + h * view.stride_h;
-}
+struct Segment {
+  Place<T> first;
 
-template <class T>
-inline bool can_stream_segments(const View<T>& view, bool past_cache) {
-  const auto bytes = [](auto v) { return static_cast<int64_t>(v * sizeof(T)); };
-  return past_cache && view.data &&
-         (reinterpret_cast<uintptr_t>(view.data) | bytes(view.stride_h) | bytes(view.stride_c)) % 64 == 0;
-}
-
-template <bool kWhole, class T>
-inline void put_segment(T* to, int64_t count, Raw<T> raw, bool streamed) {
-  if (kWhole && streamed) {
-    stream_raw(to, raw);
-  } else {
-    store_raw<kWhole>(to, count, raw);
+  Segment(const TailBlock<T>& b, int64_t c, int64_t h)
+      : first{start(b.y, c, h),   start(b.residual, c, h), start(b.dout, c, h),
+              start(b.out, c, h), start(b.dy, c, h),       start(b.dresidual, c, h)} {}
+  Place<T> at(int64_t w) const {
+    return {first.y + w, first.residual + w, first.dout + w, first.out + w, first.dy + w, first.dresidual + w};
   }
+
+ private:
+  template <class E>
+  static E* start(const View<E>& view, int64_t c, int64_t h) {
+    return view.data + c * view.stride_c + h * view.stride_h;
+  }
+};
+
+template <class T, class Kind>
+inline Element<T, Kind> element_of_segments(const TailBlock<T>& block) {
+  return Element<T, Kind>(block, [](const View<T>& view, bool past_cache) {
+    const auto bytes = [](auto v) { return static_cast<int64_t>(v * sizeof(T)); };
+    return past_cache && view.data &&
+           (reinterpret_cast<uintptr_t>(view.data) | bytes(view.stride_h) | bytes(view.stride_c)) % 64 == 0;
+  });
 }
 
-template <class T, TailAct kAct, Shortcut kShortcut>
+template <class T>
+inline uint8_t* bits_of(const TailBlock<T>& block, int64_t c) {
+  return block.bits.data + c * block.bits.stride_c;
+}
+
+template <class T, class Kind>
 void apply_contiguous(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  const bool streamed = can_stream_segments(block.out, block.out_past_cache);
-  const bool masked = E::kMasked && block.bits.data;
-  for_each_channel(block, [](int k) { return E::in_apply(k); }, [&](int64_t c, const Pack<T>* k) {
-    BitWriter bits(masked ? block.bits.data + c * block.bits.stride_c : nullptr);
+  const Element<T, Kind> element = element_of_segments<T, Kind>(block);
+  const auto picks = [&](int i) { return element.in_apply(i); };
+  for_each_channel(block, picks, [&](int64_t c, const Pack<T>* k) __attribute__((always_inline)) {
+    BitWriter bits(bits_of(block, c));
     for (int64_t h = 0; h < block.extent.H; ++h) {
-      const T* y = segment(block.y, c, h);
-      const T* residual = segment(block.residual, c, h);
-      T* out = segment(block.out, c, h);
+      const Segment<T> segment(block, c, h);
       for_each_pack<T>(block.extent.W, [&](auto whole, int64_t w, int64_t count) __attribute__((always_inline)) {
         constexpr bool kWhole = decltype(whole)::value;
-        Pack<T> right{};
-        if constexpr (kShortcut != Shortcut::none) {
-          right = widen<T>(load_raw<kWhole>(residual + w, count));
-        }
-        const Pack<T> left = widen<T>(load_raw<kWhole>(y + w, count));
-        const Pack<T> v = E::before(left, right, [&](int i) __attribute__((always_inline)) { return k[i]; });
-        put_segment<kWhole>(out + w, count, narrow<T>(E::activated(v)), streamed);
-        if constexpr (E::kMasked) {
-          if (masked) {
-            const uint32_t passed = passes<T>(v);
-            bits.put(kWhole ? passed : passed & ((uint32_t(1) << count) - 1), count);
-          }
+        const uint32_t passed = element.template apply<kWhole>(segment.at(w), count, k);
+        if (element.masked()) {
+          bits.put(kWhole ? passed : passed & ((uint32_t(1) << count) - 1), count);
         }
       });
     }
-    if (masked) {
+    if (element.masked()) {
       bits.finish();
     }
   });
-  if (streamed) {
-    stream_fence();
-  }
+  element.finish();
 }
 
-template <class T, TailAct kAct, Shortcut kShortcut>
+template <class T, class Kind>
 void sums_contiguous(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  for_each_channel(block, [](int k) { return E::in_sums(k); }, [&](int64_t c, const Pack<T>* k) {
-    Pack<T> sum{}, dot{}, dot2{};
-    BitReader bits(E::kMasked ? block.bits.data + c * block.bits.stride_c : nullptr);
+  const Element<T, Kind> element = element_of_segments<T, Kind>(block);
+  const auto picks = [&](int i) { return element.in_sums(i); };
+  for_each_channel(block, picks, [&](int64_t c, const Pack<T>* k) __attribute__((always_inline)) {
+    Pack<T> sum[3] = {};
+    BitReader bits(bits_of(block, c));
     for_each_pack_of_channel<T>(
         block.extent,
         [&](auto whole, int64_t h, int64_t w, int64_t count) __attribute__((always_inline)) {
-          constexpr bool kWhole = decltype(whole)::value;
-          Pack<T> right{};
-          if constexpr (E::kReadsResidual) {
-            right = widen<T>(load_raw<kWhole>(segment(block.residual, c, h) + w, count));
-          }
-          const Pack<T> x = widen<T>(load_raw<kWhole>(segment(block.y, c, h) + w, count));
-          const uint32_t passed = E::kMasked ? bits.take(count) : 0;
-          const Pack<T> d = E::through_act(load_raw<kWhole>(segment(block.dout, c, h) + w, count), passed, x, right,
-                                           [&](int i) __attribute__((always_inline)) { return k[i]; });
-          const Pack<T> from_mean = E::centred(x, k[kMean]);
-          sum = each<T>([&](auto i) { return sum.v[i] + d.v[i]; });
-          dot = each<T>([&](auto i) { return multiply_add(d.v[i], from_mean.v[i], dot.v[i]); });
-          if constexpr (E::kNormed) {
-            const Pack<T> from_mean2 = E::centred(right, k[kMean2]);
-            dot2 = each<T>([&](auto i) { return multiply_add(d.v[i], from_mean2.v[i], dot2.v[i]); });
-          }
+          const uint32_t passed = element.masked() ? bits.take(count) : 0;
+          element.template add<decltype(whole)::value>(Segment<T>(block, c, h).at(w), count, passed, k, sum);
         },
         [&] {
-          flush_sum(sum, block.sum[c]);
-          flush_sum(dot, block.dot[c]);
-          if constexpr (E::kNormed) {
-            flush_sum(dot2, block.dot2[c]);
+          flush_sum(sum[0], block.sum[c]);
+          flush_sum(sum[1], block.dot[c]);
+          if (element.normed()) {
+            flush_sum(sum[2], block.dot2[c]);
           }
         });
   });
 }
 
-template <class T, TailAct kAct, Shortcut kShortcut>
+template <class T, class Kind>
 void grads_contiguous(const TailBlock<T>& block) {
-  using E = Element<T, kAct, kShortcut>;
-  const bool with_dy = block.dy.data, with_dresidual = kShortcut != Shortcut::none && block.dresidual.data;
-  const bool dy_streamed = can_stream_segments(block.dy, block.dy_past_cache);
-  const bool dresidual_streamed = can_stream_segments(block.dresidual, block.dresidual_past_cache);
-  const bool through = block.through_statistics, through2 = block.through_statistics2;
-  for_each_channel(block, [](int k) { return E::in_grads(k); }, [&](int64_t c, const Pack<T>* coefficients) {
-    const auto k = [&](int i) __attribute__((always_inline)) { return coefficients[i]; };
-    BitReader bits(E::kMasked ? block.bits.data + c * block.bits.stride_c : nullptr);
+  const Element<T, Kind> element = element_of_segments<T, Kind>(block);
+  const auto picks = [&](int i) { return element.in_grads(i); };
+  for_each_channel(block, picks, [&](int64_t c, const Pack<T>* k) __attribute__((always_inline)) {
+    BitReader bits(bits_of(block, c));
     for (int64_t h = 0; h < block.extent.H; ++h) {
-      const T* y = segment(block.y, c, h);
-      const T* residual = segment(block.residual, c, h);
-      const T* dout = segment(block.dout, c, h);
-      T* dy = segment(block.dy, c, h);
-      T* dresidual = segment(block.dresidual, c, h);
+      const Segment<T> segment(block, c, h);
       for_each_pack<T>(block.extent.W, [&](auto whole, int64_t w, int64_t count) __attribute__((always_inline)) {
-        constexpr bool kWhole = decltype(whole)::value;
-        Pack<T> x{}, right{};
-        if (E::kRecomputed || through) {
-          x = widen<T>(load_raw<kWhole>(y + w, count));
-        }
-        if constexpr (E::kReadsResidual) {
-          right = widen<T>(load_raw<kWhole>(residual + w, count));
-        }
-        const uint32_t passed = E::kMasked ? bits.take(count) : 0;
-        const Pack<T> d = E::through_act(load_raw<kWhole>(dout + w, count), passed, x, right, k);
-        if (with_dy) {
-          const Pack<T> v = E::through_norm(d, x, through, k, kMean, kScale, kSlope, kDrift);
-          put_segment<kWhole>(dy + w, count, narrow<T>(v), dy_streamed);
-        }
-        if (with_dresidual) {
-          Pack<T> v = d;
-          if constexpr (E::kNormed) {
-            v = E::through_norm(d, right, through2, k, kMean2, kScale2, kSlope2, kDrift2);
-          }
-          put_segment<kWhole>(dresidual + w, count, narrow<T>(v), dresidual_streamed);
-        }
+        const uint32_t passed = element.masked() ? bits.take(count) : 0;
+        element.template grads<decltype(whole)::value>(segment.at(w), count, passed, k);
       });
     }
   });
-  if (dy_streamed || dresidual_streamed) {
-    stream_fence();
-  }
+  element.finish();
 }
 
 }  // namespace

@@ -7,28 +7,45 @@
 namespace se {
 namespace {
 
-// Of each sweep the nine kinds, by activation and shortcut.
-#define SE_TAIL_SWEEP(sweep)                                                                              \
-  {                                                                                                       \
-    {sweep<T, TailAct::relu, Shortcut::none>, sweep<T, TailAct::relu, Shortcut::plain>,                   \
-     sweep<T, TailAct::relu, Shortcut::normed>},                                                          \
-        {sweep<T, TailAct::silu, Shortcut::none>, sweep<T, TailAct::silu, Shortcut::plain>,               \
-         sweep<T, TailAct::silu, Shortcut::normed>},                                                      \
-        {sweep<T, TailAct::identity, Shortcut::none>, sweep<T, TailAct::identity, Shortcut::plain>,       \
-         sweep<T, TailAct::identity, Shortcut::normed>},                                                  \
+// Processors of this architecture almost always have a better instruction set than this one.
+#if defined(__x86_64__)
+constexpr bool kLastResort = kVectorBytes == 16;
+#else
+constexpr bool kLastResort = false;
+#endif
+
+template <class Kind>
+struct Tag {
+  using type = Kind;
+};
+
+// sweep_of(tag) is the sweep of a kind. What networks are trained with has sweeps of its own; to make one of every
+// activation, shortcut, type and instruction set would cost its user minutes and gigabytes for what is rarely called.
+template <class T, class F>
+constexpr TailSweep<T> make_tail_sweep(F sweep_of) {
+  const auto any = sweep_of(Tag<AnyTail>{});
+  if constexpr (std::is_same_v<T, double> || kLastResort) {
+    return {{any, any, any}, any};
+  } else {
+    return {{sweep_of(Tag<ReluTail<Shortcut::none>>{}), sweep_of(Tag<ReluTail<Shortcut::plain>>{}),
+             sweep_of(Tag<ReluTail<Shortcut::normed>>{})},
+            any};
   }
+}
 
 template <class T>
 constexpr TailKernels<T> make_tail_kernels() {
   return {
-      {pivot_channels_last<T>, moments_channels_last<T>, SE_TAIL_SWEEP(apply_channels_last),
-       SE_TAIL_SWEEP(sums_channels_last), SE_TAIL_SWEEP(grads_channels_last)},
-      {pivot_contiguous<T>, moments_contiguous<T>, SE_TAIL_SWEEP(apply_contiguous), SE_TAIL_SWEEP(sums_contiguous),
-       SE_TAIL_SWEEP(grads_contiguous)},
+      {pivot_channels_last<T>, moments_channels_last<T>,
+       make_tail_sweep<T>([](auto tag) { return apply_channels_last<T, typename decltype(tag)::type>; }),
+       make_tail_sweep<T>([](auto tag) { return sums_channels_last<T, typename decltype(tag)::type>; }),
+       make_tail_sweep<T>([](auto tag) { return grads_channels_last<T, typename decltype(tag)::type>; })},
+      {pivot_contiguous<T>, moments_contiguous<T>,
+       make_tail_sweep<T>([](auto tag) { return apply_contiguous<T, typename decltype(tag)::type>; }),
+       make_tail_sweep<T>([](auto tag) { return sums_contiguous<T, typename decltype(tag)::type>; }),
+       make_tail_sweep<T>([](auto tag) { return grads_contiguous<T, typename decltype(tag)::type>; })},
   };
 }
-
-#undef SE_TAIL_SWEEP
 
 }  // namespace
 }  // namespace se

@@ -5,75 +5,10 @@
 #include <array>
 #include <tuple>
 
-#include "arguments.h"
-#include "tail.h"
+#include "tail_arguments.h"
 
 namespace se {
 namespace {
-
-constexpr int kGradients = 10;
-enum Gradient { kDy, kDresidual, kDweight, kDbias, kDw1, kDb1, kDw2, kDb2, kDweight2, kDbias2 };
-using OutputMask = std::array<bool, kGradients>;
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// kernels.residual_tail.memory_format: what the outputs and the mask follow
-bool is_channels_last(const Tensor& y) {
-  return y.size(1) > 1 && y.stride(1) == 1 && !y.is_contiguous();
-}
-
-at::MemoryFormat format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
-// A tensor that is expanded, or in the other memory format, is brought to this one.
-Tensor in_layout(const Tensor& t, bool channels_last) {
-  return has_unit_stride(t, channels_last) ? t : t.contiguous(format(channels_last));
-}
-
-TailShape make_shape(const Tensor& y, int64_t R, int64_t act, int64_t se_act, int64_t gate_fn, Shortcut shortcut) {
-  TORCH_CHECK_VALUE(y.dim() == 4 && y.numel() > 0, "y must have shape (N, C, H, W) and elements, got ", y.sizes());
-  check_dtype("y", y);
-  check_cpu("y", y);
-  TORCH_CHECK_VALUE(act >= 0 && act <= 2, "act must be 0 (relu), 1 (silu) or 2 (identity), got ", act);
-  TORCH_CHECK_VALUE(se_act >= 0 && se_act <= 2, "se_act must be 0 (relu), 1 (silu) or 2 (gelu), got ", se_act);
-  TORCH_CHECK_VALUE(gate_fn >= 0 && gate_fn <= 1, "gate_fn must be 0 (sigmoid) or 1 (hardsigmoid), got ", gate_fn);
-  TailShape shape;
-  static_cast<Shape&>(shape) = {y.size(0), y.size(1),           y.size(2),   y.size(3),
-                                R,         is_channels_last(y), Act(se_act), GateFn(gate_fn)};
-  shape.tail_act = TailAct(act);
-  shape.shortcut = shortcut;
-  shape.with_se = R > 0;
-  return shape;
-}
-
-int64_t squeezed(const optional<Tensor>& w1, const optional<Tensor>& w2, int64_t C) {
-  if (!w1 || !w2) {
-    return 0;
-  }
-  const int64_t R = w1->size(0);
-  check_weight("w1", *w1, {R, C}, "(R, C)");
-  check_weight("w2", *w2, {C, R}, "(C, R)");
-  return R;
-}
-
-at::IntArrayRef mask_shape(const TailShape& shape, std::array<int64_t, 3>& sizes) {
-  const int64_t HW = shape.H * shape.W;
-  sizes = shape.channels_last ? std::array<int64_t, 3>{shape.N, HW, (shape.C + 7) / 8}
-                              : std::array<int64_t, 3>{shape.N, shape.C, (HW + 7) / 8};
-  return sizes;
-}
-
-template <class T>
-Activation<T> activation_or_none(const optional<Tensor>& t, const Tensor& like) {
-  return t && t->defined() ? activation<T>(*t)
-                           : Activation<T>{nullptr, like.stride(0), like.stride(1), like.stride(2), like.stride(3)};
-}
-
-template <class F>
-void dispatch_tail(const Tensor& y, const optional<Tensor>& w1, const optional<Tensor>& w2, const F& f) {
-  dispatch(y, w1 && w2 ? weight_dtype(y, *w1, *w2) : y.scalar_type(), f);
-}
 
 // A BatchNorm as the caller gives it.
 struct NormTensors {
@@ -157,16 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_
   const auto dtype = acc_dtype(y_in);
   const auto options = y_in.options().dtype(dtype);
   const Tensor y = in_layout(y_in, shape.channels_last);
-  optional<Tensor> residual;
-  if (residual_in) {
-    check_tensor("residual", *residual_in, y.sizes(), "(N, C, H, W)", y.scalar_type());
-    residual = in_layout(*residual_in, shape.channels_last);
-  }
+  const Tensor residual = like_y("residual", residual_in, y, shape.channels_last);
   const Tensor out = at::empty_like(y, y.options(), format(shape.channels_last));
-  std::array<int64_t, 3> sizes;
-  const bool masked = shape.tail_act == TailAct::relu && residual;
-  const Tensor mask =
-      at::empty(masked ? mask_shape(shape, sizes) : at::IntArrayRef{0}, y.options().dtype(at::kByte));
+  const bool masked = shape.tail_act == TailAct::relu && shortcut != Shortcut::none;
+  const Tensor mask = at::empty(masked ? mask_shape(shape) : at::DimVector{0}, y.options().dtype(at::kByte));
   const NormTensors norm{weight, bias, mean, var, stats_in, eps}, norm2{weight2, bias2, mean2, var2, stats2_in, eps2};
   const Tensor stats = statistics(norm, y);
   const Tensor stats2 = shortcut == Shortcut::normed ? statistics(norm2, y) : at::empty({0}, options);
@@ -205,12 +134,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_
     }
     args.sample_mean = read<double>(sample_mean);
     args.out = activation<T>(out);
-    args.mask = masked ? write<uint8_t>(mask) : nullptr;
+    args.mask = write<uint8_t>(mask);
     args.deviation = write<A>(deviation);
     tail_forward(shape, args);
   });
   return {out, mask, stats, stats2, deviation, pooled, hidden, gate};
 }
+
+constexpr int kGradients = 10;
+enum Gradient { kDy, kDresidual, kDweight, kDbias, kDw1, kDb1, kDw2, kDb2, kDweight2, kDbias2 };
+using OutputMask = std::array<bool, kGradients>;
+using Gradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct Saved {
   Tensor y;
@@ -225,166 +160,153 @@ struct How {
 
 enum class Sweep { sums, grads, both };
 
-// `q` and `shares` are made by the sums and read by the grads.
-Gradients sweep_back(const Tensor& dout_in, const Saved& saved, const How& how, const OutputMask& wanted, Sweep sweep,
-                     Tensor q, Tensor shares) {
-  const auto shortcut = !how.with_residual           ? Shortcut::none
-                        : saved.stats2.numel() > 0 ? Shortcut::normed
-                                                     : Shortcut::plain;
-  const int64_t R = squeezed(saved.w1, saved.w2, saved.y.size(1));
-  TailShape shape = make_shape(saved.y, R, how.act, how.se_act, how.gate_fn, shortcut);
-  const Tensor y = in_layout(saved.y, shape.channels_last);
-  check_tensor("dout", dout_in, y.sizes(), "(N, C, H, W)", y.scalar_type());
-  const Tensor dout = in_layout(dout_in, shape.channels_last);
-  optional<Tensor> residual;
+// The saved tensors, checked and contiguous.
+Saved checked(const Saved& saved, const TailShape& shape, bool masked) {
+  const int64_t N = shape.N, C = shape.C, R = shape.R;
+  const auto dtype = acc_dtype(saved.y);
+  Saved s = saved;
+  s.y = in_layout(saved.y, shape.channels_last);
   if (saved.residual) {
-    check_tensor("residual", *saved.residual, y.sizes(), "(N, C, H, W)", y.scalar_type());
-    residual = in_layout(*saved.residual, shape.channels_last);
+    s.residual = like_y("residual", saved.residual, s.y, shape.channels_last);
   }
-  const bool normed = shortcut == Shortcut::normed, with_residual = shortcut != Shortcut::none;
-  TORCH_CHECK_VALUE(residual || !(normed || (with_residual && shape.tail_act == TailAct::silu)),
+  TORCH_CHECK_VALUE(s.residual || !(shape.shortcut == Shortcut::normed ||
+                                    (shape.shortcut == Shortcut::plain && shape.tail_act == TailAct::silu)),
                     "the residual was not saved");
-  const auto dtype = acc_dtype(y);
-  const bool masked = shape.tail_act == TailAct::relu && with_residual;
-  std::array<int64_t, 3> sizes;
   if (masked) {
-    check_tensor("mask", saved.mask, mask_shape(shape, sizes), "as kernels.residual_tail.mask_shape has it", at::kByte);
+    check_tensor("mask", saved.mask, mask_shape(shape), "as kernels.residual_tail.mask_shape has it", at::kByte);
   }
-  const int64_t N = shape.N, C = shape.C;
   check_tensor("stats", saved.stats, {kRows, C}, "(5, C)", dtype);
-  if (normed) {
+  if (shape.shortcut == Shortcut::normed) {
     check_tensor("stats2", saved.stats2, {kRows, C}, "(5, C)", dtype);
   }
-  const Tensor mask = saved.mask.contiguous(), stats = saved.stats.contiguous(), stats2 = saved.stats2.contiguous();
-  const Tensor deviation = saved.deviation.contiguous(), pooled = saved.pooled.contiguous();
-  const Tensor hidden = saved.hidden.contiguous(), gate = saved.gate.contiguous();
   if (shape.with_se) {
-    check_tensor("deviation", deviation, {N, C}, "(N, C)", dtype);
-    check_tensor("pooled", pooled, {N, C}, "(N, C)", dtype);
-    check_tensor("hidden", hidden, {N, R}, "(N, R)", dtype);
-    check_tensor("gate", gate, {N, C}, "(N, C)", dtype);
+    check_tensor("deviation", saved.deviation, {N, C}, "(N, C)", dtype);
+    check_tensor("pooled", saved.pooled, {N, C}, "(N, C)", dtype);
+    check_tensor("hidden", saved.hidden, {N, R}, "(N, R)", dtype);
+    check_tensor("gate", saved.gate, {N, C}, "(N, C)", dtype);
   }
+  for (Tensor* t : {&s.mask, &s.stats, &s.stats2, &s.deviation, &s.pooled, &s.hidden, &s.gate}) {
+    *t = t->contiguous();
+  }
+  return s;
+}
+
+// `q` and `shares` are made by the sums and read by the grads. In place of dy the sums alone give q.
+Gradients sweep_back(const Tensor& dout_in, const Saved& given, const How& how, const OutputMask& wanted, Sweep sweep,
+                     Tensor q, Tensor shares) {
+  const auto shortcut = !how.with_residual           ? Shortcut::none
+                        : given.stats2.numel() > 0 ? Shortcut::normed
+                                                     : Shortcut::plain;
+  const int64_t R = squeezed(given.w1, given.w2, given.y.size(1));
+  const TailShape shape = make_shape(given.y, R, how.act, how.se_act, how.gate_fn, shortcut);
+  const bool normed = shortcut == Shortcut::normed;
+  const bool masked = shape.tail_act == TailAct::relu && shortcut != Shortcut::none;
+  const Saved saved = checked(given, shape, masked);
+  const Tensor& y = saved.y;
+  const Tensor dout = like_y("dout", dout_in, y, shape.channels_last);
+  const int64_t N = shape.N, C = shape.C;
 
   const bool grads = sweep != Sweep::sums, sums = sweep != Sweep::grads;
-  const auto options = y.options().dtype(dtype);
-  const auto like_y = [&](Gradient gradient) {
+  const bool through = how.training && wanted[kDy], through2 = how.training2 && wanted[kDresidual] && normed;
+  const bool with_q = shape.with_se && (wanted[kDy] || wanted[kDweight] || wanted[kDbias]);
+  const auto dtype = acc_dtype(y), w_dtype = shape.with_se ? weight_dtype(y, *saved.w1, *saved.w2) : y.scalar_type();
+  const auto options = y.options().dtype(dtype), w_options = y.options().dtype(w_dtype);
+  // What is not made is empty, and its pointer null
+  const auto make = [](bool needed, at::IntArrayRef sizes, const at::TensorOptions& of) {
+    return at::empty(needed ? sizes : at::IntArrayRef{0}, of);
+  };
+  const auto activation_gradient = [&](Gradient gradient) {
     return grads && wanted[gradient] ? at::empty_like(y, y.options(), format(shape.channels_last))
                                      : at::empty({0}, y.options());
   };
-  const auto gradient = [&](Gradient gradient, at::IntArrayRef shape, const at::TensorOptions& of) {
-    return at::empty(sums && wanted[gradient] ? shape : at::IntArrayRef{0}, of);
-  };
-  const Tensor dy = like_y(kDy), dresidual = like_y(kDresidual);
-  const Tensor dweight = gradient(kDweight, {C}, options), dbias = gradient(kDbias, {C}, options);
-  const Tensor dweight2 = gradient(kDweight2, {C}, options), dbias2 = gradient(kDbias2, {C}, options);
-  const bool through = how.training && wanted[kDy], through2 = how.training2 && wanted[kDresidual] && normed;
-  const bool with_q = shape.with_se && (wanted[kDy] || wanted[kDweight] || wanted[kDbias]);
-  const bool any_parameter = std::any_of(wanted.begin() + kDweight, wanted.end(), [](bool w) { return w; });
-  const auto scratch = [&](bool needed, int64_t columns) {
-    return needed ? at::empty({N, columns}, options) : Tensor();
-  };
-  const auto w_dtype = shape.with_se ? weight_dtype(y, *saved.w1, *saved.w2) : y.scalar_type();
-  const auto w_options = y.options().dtype(w_dtype);
-  const Tensor dw1 = gradient(kDw1, {R, C}, w_options), db1 = gradient(kDb1, {R}, w_options);
-  const Tensor dw2 = gradient(kDw2, {C, R}, w_options), db2 = gradient(kDb2, {C}, w_options);
+  const Tensor dy = activation_gradient(kDy), dresidual = activation_gradient(kDresidual);
+  const Tensor dweight = make(sums && wanted[kDweight], {C}, options);
+  const Tensor dbias = make(sums && wanted[kDbias], {C}, options);
+  const Tensor dw1 = make(sums && wanted[kDw1], {R, C}, w_options), db1 = make(sums && wanted[kDb1], {R}, w_options);
+  const Tensor dw2 = make(sums && wanted[kDw2], {C, R}, w_options), db2 = make(sums && wanted[kDb2], {C}, w_options);
+  const Tensor dweight2 = make(sums && wanted[kDweight2], {C}, options);
+  const Tensor dbias2 = make(sums && wanted[kDbias2], {C}, options);
   if (sums) {
-    q = scratch(with_q, C);
-    shares = through || through2 ? at::empty({4, C}, options) : Tensor();
+    q = make(with_q, {N, C}, options);
+    shares = make(through || through2, {4, C}, options);
   } else {
     check_tensor("shares", shares, {4, C}, "(4, C)", dtype);
     if (with_q) {
       check_tensor("q", q, {N, C}, "(N, C)", dtype);
     }
   }
+  const bool with_se = sums && shape.with_se, with_dh = with_se && (with_q || wanted[kDw1] || wanted[kDb1]);
+  const bool any_parameter = std::any_of(wanted.begin() + kDweight, wanted.end(), [](bool w) { return w; });
+  const Tensor active = make(with_se && wanted[kDw2], {N, R}, options), dz = make(with_se, {N, C}, options);
+  const Tensor dh = make(with_dh, {N, R}, options);
   dispatch_tail(y, saved.w1, saved.w2, [&](auto y_zero, auto w_zero) {
     using T = decltype(y_zero);
     using W = decltype(w_zero);
     using A = acc_t<T>;
     const Tensor w1_rows = as_rows(saved.w1, w_dtype), w2_rows = as_rows(saved.w2, w_dtype);
-    const bool with_dh = with_q || wanted[kDw1] || wanted[kDb1];
-    const Tensor active = scratch(sums && shape.with_se && wanted[kDw2], R), dz = scratch(sums && shape.with_se, C);
-    const Tensor dh = scratch(sums && shape.with_se && with_dh, R);
     TailBackward<T, W> args{};
     args.se.w1 = read<W>(w1_rows);
     args.se.w2 = read<W>(w2_rows);
-    args.se.pooled = read<A>(pooled);
-    args.se.hidden = read<A>(hidden);
-    args.se.gate = read<A>(gate);
+    args.se.pooled = read<A>(saved.pooled);
+    args.se.hidden = read<A>(saved.hidden);
+    args.se.gate = read<A>(saved.gate);
     args.se.active = write<A>(active);
     args.se.dz = write<A>(dz);
     args.se.dh = write<A>(dh);
     args.se.q = with_q ? write<A>(q) : nullptr;
-    const auto into = [&](Gradient gradient, const Tensor& t, auto zero) {
-      return sums && wanted[gradient] ? write<decltype(zero)>(t) : nullptr;
-    };
-    args.se.dw1 = into(kDw1, dw1, W{});
-    args.se.db1 = into(kDb1, db1, W{});
-    args.se.dw2 = into(kDw2, dw2, W{});
-    args.se.db2 = into(kDb2, db2, W{});
+    args.se.dw1 = write<W>(dw1);
+    args.se.db1 = write<W>(db1);
+    args.se.dw2 = write<W>(dw2);
+    args.se.db2 = write<W>(db2);
     args.dout = activation<const T>(dout);
     args.y = activation<const T>(y);
-    args.residual = activation_or_none<const T>(residual, y);
-    args.mask = masked ? read<uint8_t>(mask) : nullptr;
-    args.stats = read<A>(stats);
-    args.stats2 = normed ? read<A>(stats2) : nullptr;
-    args.deviation = read<A>(deviation);
+    args.residual = activation_or_none<const T>(saved.residual.value_or(Tensor()), y);
+    args.mask = masked ? read<uint8_t>(saved.mask) : nullptr;
+    args.stats = read<A>(saved.stats);
+    args.stats2 = normed ? read<A>(saved.stats2) : nullptr;
+    args.deviation = read<A>(saved.deviation);
     args.through_statistics = through;
     args.through_statistics2 = through2;
-    const auto output = [&](Gradient gradient, const Tensor& t) {
-      return activation_or_none<T>(grads && wanted[gradient] ? optional(t) : std::nullopt, y);
-    };
-    args.dy = output(kDy, dy);
-    args.dresidual = output(kDresidual, dresidual);
-    args.dweight = into(kDweight, dweight, A{});
-    args.dbias = into(kDbias, dbias, A{});
-    args.dweight2 = into(kDweight2, dweight2, A{});
-    args.dbias2 = into(kDbias2, dbias2, A{});
+    args.dy = activation_or_none<T>(dy, y);
+    args.dresidual = activation_or_none<T>(dresidual, y);
+    args.dweight = write<A>(dweight);
+    args.dbias = write<A>(dbias);
+    args.dweight2 = write<A>(dweight2);
+    args.dbias2 = write<A>(dbias2);
     args.shares = write<A>(shares);
     args.sweep_sums = sums && (any_parameter || through || through2 || with_q);
     args.sweep_grads = grads && (wanted[kDy] || wanted[kDresidual]);
     tail_backward(shape, args);
   });
-  const auto as_weight = [&](const Tensor& t, const optional<Tensor>& w) { return w ? t.to(w->scalar_type()) : t; };
-  if (sweep == Sweep::sums) {
-    return {q.defined() ? q : at::empty({0}, options), dresidual, dweight, dbias, as_weight(dw1, saved.w1),
-            as_weight(db1, saved.w1), as_weight(dw2, saved.w2), as_weight(db2, saved.w2), dweight2, dbias2};
+  const auto as_weight = [](const Tensor& t, const optional<Tensor>& w) { return w ? t.to(w->scalar_type()) : t; };
+  return {sweep == Sweep::sums ? q : dy,
+          dresidual,
+          dweight,
+          dbias,
+          as_weight(dw1, saved.w1),
+          as_weight(db1, saved.w1),
+          as_weight(dw2, saved.w2),
+          as_weight(db2, saved.w2),
+          dweight2,
+          dbias2};
+}
+
+// `shared`: nothing, or the q and shares of tail_bwd_grads
+template <Sweep kSweep, class... Shared>
+auto tail_bwd(const Tensor& dout, const Tensor& y, const optional<Tensor>& residual, const optional<Tensor>& w1,
+              const optional<Tensor>& w2, const Tensor& mask, const Tensor& stats, const Tensor& stats2,
+              const Tensor& deviation, const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
+              bool with_residual, bool training, bool training2, int64_t act, int64_t se_act, int64_t gate_fn,
+              OutputMask output_mask, const Shared&... shared) {
+  const at::AutoDispatchBelowAutograd below_autograd;
+  const Saved saved{y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate};
+  const How how{with_residual, training, training2, act, se_act, gate_fn};
+  if constexpr (kSweep == Sweep::grads) {
+    const Gradients gradients = sweep_back(dout, saved, how, output_mask, kSweep, shared...);
+    return std::tuple(std::get<kDy>(gradients), std::get<kDresidual>(gradients));
+  } else {
+    return sweep_back(dout, saved, how, output_mask, kSweep, Tensor(), Tensor());
   }
-  return {dy, dresidual, dweight, dbias, as_weight(dw1, saved.w1), as_weight(db1, saved.w1),
-          as_weight(dw2, saved.w2), as_weight(db2, saved.w2), dweight2, dbias2};
-}
-
-Gradients tail_bwd(const Tensor& dout, const Tensor& y, const optional<Tensor>& residual, const optional<Tensor>& w1,
-                   const optional<Tensor>& w2, const Tensor& mask, const Tensor& stats, const Tensor& stats2,
-                   const Tensor& deviation, const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
-                   bool with_residual, bool training, bool training2, int64_t act, int64_t se_act, int64_t gate_fn,
-                   OutputMask output_mask) {
-  const at::AutoDispatchBelowAutograd below_autograd;
-  return sweep_back(dout, {y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate},
-                    {with_residual, training, training2, act, se_act, gate_fn}, output_mask, Sweep::both, {}, {});
-}
-
-Gradients tail_bwd_sums(const Tensor& dout, const Tensor& y, const optional<Tensor>& residual,
-                        const optional<Tensor>& w1, const optional<Tensor>& w2, const Tensor& mask,
-                        const Tensor& stats, const Tensor& stats2, const Tensor& deviation, const Tensor& pooled,
-                        const Tensor& hidden, const Tensor& gate, bool with_residual, bool training, bool training2,
-                        int64_t act, int64_t se_act, int64_t gate_fn, OutputMask output_mask) {
-  const at::AutoDispatchBelowAutograd below_autograd;
-  return sweep_back(dout, {y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate},
-                    {with_residual, training, training2, act, se_act, gate_fn}, output_mask, Sweep::sums, {}, {});
-}
-
-std::tuple<Tensor, Tensor> tail_bwd_grads(const Tensor& dout, const Tensor& y, const optional<Tensor>& residual,
-                                          const optional<Tensor>& w1, const optional<Tensor>& w2, const Tensor& mask,
-                                          const Tensor& stats, const Tensor& stats2, const Tensor& deviation,
-                                          const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
-                                          bool with_residual, bool training, bool training2, int64_t act,
-                                          int64_t se_act, int64_t gate_fn, OutputMask output_mask, const Tensor& q,
-                                          const Tensor& shares) {
-  const at::AutoDispatchBelowAutograd below_autograd;
-  const auto gradients =
-      sweep_back(dout, {y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate},
-                 {with_residual, training, training2, act, se_act, gate_fn}, output_mask, Sweep::grads, q, shares);
-  return {std::get<kDy>(gradients), std::get<kDresidual>(gradients)};
 }
 
 #define SE_TAIL_SAVED                                                                                              \
@@ -416,9 +338,9 @@ TORCH_LIBRARY_FRAGMENT(kernels_C, m) {
 TORCH_LIBRARY_IMPL(kernels_C, CPU, m) {
   m.impl("tail_moments", tail_moments_op);
   m.impl("tail_fwd", tail_fwd);
-  m.impl("tail_bwd", tail_bwd);
-  m.impl("tail_bwd_sums", tail_bwd_sums);
-  m.impl("tail_bwd_grads", tail_bwd_grads);
+  m.impl("tail_bwd", tail_bwd<Sweep::both>);
+  m.impl("tail_bwd_sums", tail_bwd<Sweep::sums>);
+  m.impl("tail_bwd_grads", tail_bwd<Sweep::grads, Tensor, Tensor>);
 }
 
 }  // namespace
