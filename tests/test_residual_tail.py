@@ -207,6 +207,15 @@ def test_views_are_read_in_place(backend, view, dtype):
 
 
 @pytest.mark.parametrize("backend", TAILED)
+@pytest.mark.parametrize("strides", ((70, 1, 1, 1), (70, 1, 70, 70), (70, 1, 3, 5)), ids=str)
+def test_a_single_pixel_is_channels_last_whatever_its_strides_say(backend, strides):
+    tail = make_tail((7, 70, 1, 1, 11), torch.float32, backend)
+    tail.y = torch.as_strided(tail.y.contiguous(), tail.y.shape, strides)
+    actual = check_parity(tail, backend)
+    assert actual["out"].stride() == actual["dy"].stride() == (70, 1, 70, 70)
+
+
+@pytest.mark.parametrize("backend", TAILED)
 def test_expanded_and_foreign_gradients_and_residuals(backend):
     tail = make_tail((2, 40, 6, 5, 20), torch.float32, backend, act="silu")
     for dout in (
