@@ -1,6 +1,6 @@
 """Labelled images: where they come from, whether they can be read, and how they reach the model.
 
-DALI is imported by ``engine.data.dali`` alone, and there only when a loader is made.
+DALI is imported by ``engine.data.dali_decoder`` alone, and there only when a loader is made.
 """
 
 from engine.data.augment import Augmentation
