@@ -197,10 +197,10 @@ def test_order_of_a_manifest_does_not_change_the_split(images):
     assert by_split(up) == by_split(down)
 
 
-def test_a_file_listed_twice_with_one_label_counts_once(images):
+def test_a_file_listed_twice_is_refused(images):
     rows = [f"{i}.png,{i % 2}" for i in range(10)]
-    splits = open_splits(csv=write_csv(images / "x.csv", *rows, *rows))
-    assert len(splits.train) + len(splits.val) == 10
+    with pytest.raises(UserError, match=r"lists .*/3\.png twice: '1' \(line 5\), '1' \(line 12\): remove one of them"):
+        open_splits(csv=write_csv(images / "x.csv", *rows, "3.png,1"))
 
 
 def test_byte_order_mark_blank_lines_and_quotes_are_read(images):

@@ -1,87 +1,146 @@
-"""Labelled files from a CSV manifest: a header with the columns ``filename,label``, then a line for each image."""
+"""Labelled files from a manifest: CSV, or Parquet by pyarrow (the extra ``parquet``).
+
+Columns: ``filename`` and ``label``, and where there are any ``split`` (train, val or test: one file for all three),
+``group`` (what a split must not tear apart, such as a patient), ``weight`` (how often an image is drawn) and
+``label_*`` (further labels; an empty field is none). Other columns are passed over.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from engine.data.samples import Samples, shorten, sort_class_names
+from engine.data.folder import VAL_NAMES
+from engine.data.samples import Head, Samples, label_indices, shorten, sort_class_names
+from engine.data.table import HEAD_PREFIX, Row, read_rows
 from engine.errors import UserError
 
-COLUMNS = ("filename", "label")
+SPLITS = {"train": "train", **dict.fromkeys(VAL_NAMES, "val"), "test": "test"}
+"""What the column ``split`` may hold, and which set each means."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    line: int
-    file: str
-    label: str
-
-
-def read_manifest(path: Path, base: Path | None, class_names: tuple[str, ...] | None = None) -> Samples:
-    """The files that a manifest lists, in its order; a file that it lists again under the same label counts once.
+def read_manifest(
+    path: Path,
+    base: Path | None,
+    class_names: tuple[str, ...] | None = None,
+    heads: Mapping[str, Head] | None = None,
+    split: str = "test",
+) -> Samples:
+    """The files that a manifest lists, in its order.
 
     Args:
-        path: UTF-8, comma separated; further columns are passed over.
+        path: CSV in UTF-8, or Parquet.
         base: the folder that relative file names start from; None: the manifest's own.
         class_names: the known classes; None: those that the manifest names, sorted.
+        heads: the known further labels, for the names of their classes; None: those that the manifest has.
+        split: the rows to take where there is a column ``split``: ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
-        UserError: the manifest cannot be read, lacks a column, lists nothing or fewer than two classes, has an empty
-            field, a file that does not exist, one file under two labels, or a label that is not in ``class_names``.
+        UserError: the manifest cannot be read, lacks a column, lists nothing, a file twice or fewer than two classes,
+            has an empty field, a weight that is none, a file that does not exist, or a label that is not known.
     """
-    rows = _distinct(path, _parse(path, base if base is not None else path.parent))
+    rows = _existing_rows(path, base)
+    parts = _by_split(path, rows)
+    if parts is None:
+        return _samples(path, rows, class_names, heads)
+    return _samples(path, _some(path, parts, split), class_names, heads)
+
+
+def read_manifest_splits(path: Path, base: Path | None) -> tuple[Samples, Samples | None, Samples | None]:
+    """Train, validation and test of a manifest, the last two where its column ``split`` has them.
+
+    Raises UserError as ``read_manifest`` does, and where a split is none or validation or test name a new class.
+    """
+    rows = _existing_rows(path, base)
+    parts = _by_split(path, rows) or {"train": rows, "val": [], "test": []}
+    train = _samples(path, _some(path, parts, "train"), None, None)
+    val, test = (
+        _samples(path, parts[name], train.class_names, train.heads) if parts[name] else None for name in ("val", "test")
+    )
+    return train, val, test
+
+
+def _existing_rows(path: Path, base: Path | None) -> list[Row]:
+    rows = read_rows(path, base if base is not None else path.parent)
+    first: dict[str, Row] = {}
+    for row in rows:
+        known = first.setdefault(row.file, row)
+        if known is not row:
+            raise UserError(
+                f"{path} lists {row.file} twice: {known.label!r} ({known.place}), {row.label!r} ({row.place}): "
+                "remove one of them (to have an image drawn more often, give it a larger weight)"
+            )
     absent = [row for row in rows if not Path(row.file).is_file()]
     if absent:
-        first = shorten([f"{row.file} (line {row.line})" for row in absent], limit=3)
-        raise UserError(f"{path} lists {len(absent)} of {len(rows)} files that do not exist: {first}")
+        named = [f"{row.file} ({row.place}{', a folder' if Path(row.file).is_dir() else ''})" for row in absent[:3]]
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(f"{path} lists {len(absent)} of {len(rows)} files that do not exist: {', '.join(named)}{more}")
+    return rows
 
+
+def _by_split(path: Path, rows: Sequence[Row]) -> dict[str, list[Row]] | None:
+    if rows[0].split is None:
+        return None
+    parts: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    for row in rows:
+        if row.split not in SPLITS:
+            raise UserError(f"{path}, {row.place}: split {row.split!r} is none of {', '.join(SPLITS)}")
+        parts[SPLITS[row.split]].append(row)
+    return parts
+
+
+def _some(path: Path, parts: Mapping[str, list[Row]], split: str) -> list[Row]:
+    if not parts[split]:
+        raise UserError(f"{path} has a column split and no row of {split}: leave the column out to take every row")
+    return parts[split]
+
+
+def _samples(
+    path: Path, rows: Sequence[Row], class_names: tuple[str, ...] | None, heads: Mapping[str, Head] | None
+) -> Samples:
     names = sort_class_names(row.label for row in rows) if class_names is None else class_names
     if len(names) < 2:
         raise UserError(f"{path} has one label only ({names[0]}): classification needs at least two")
-    index = {name: i for i, name in enumerate(names)}
-    for row in rows:
-        if row.label not in index:
-            raise UserError(f"{path}, line {row.line}: unknown label {row.label!r} (known: {shorten(names)})")
-    labels = np.array([index[row.label] for row in rows], dtype=np.int64)
-    return Samples(tuple(row.file for row in rows), labels, names)
+    places = [f"{path}, {row.place}" for row in rows]
+    labels = label_indices([row.label for row in rows], names, places)
+    return Samples(
+        tuple(row.file for row in rows),
+        labels,
+        names,
+        groups=tuple(str(row.group) for row in rows) if rows[0].group is not None else None,
+        weights=_weights(path, rows) if rows[0].weight is not None else None,
+        heads={
+            name: _head(path, rows, name, None if heads is None or name not in heads else heads[name].class_names)
+            for name in rows[0].heads
+        },
+    )
 
 
-def _parse(path: Path, base: Path) -> Iterator[_Row]:
-    folder = base.absolute()
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            found = reader.fieldnames or []
-            for column in COLUMNS:
-                if column not in found:
-                    raise UserError(
-                        f"{path} has no column {column!r} (its first line: {shorten(found) or 'empty'}): "
-                        f"begin it with the header {','.join(COLUMNS)}"
-                    )
-            for record in reader:
-                filename, label = ((record[column] or "").strip() for column in COLUMNS)
-                if not filename or not label:
-                    raise UserError(f"{path}, line {reader.line_num}: empty {'label' if filename else 'filename'}")
-                yield _Row(reader.line_num, str(folder / filename), label)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+def _head(path: Path, rows: Sequence[Row], name: str, class_names: tuple[str, ...] | None) -> Head:
+    named = [i for i, row in enumerate(rows) if row.heads[name]]
+    column = HEAD_PREFIX + name
+    if class_names is None:
+        class_names = sort_class_names(rows[i].heads[name] for i in named)
+        if len(class_names) < 2:
+            raise UserError(f"{path}: column {column} needs at least two labels, and has {shorten(class_names) or '0'}")
+    labels = np.full(len(rows), -1, dtype=np.int64)
+    places = [f"{path}, {rows[i].place}, column {column}" for i in named]
+    labels[named] = label_indices([rows[i].heads[name] for i in named], class_names, places)
+    return Head(class_names, labels)
 
 
-def _distinct(path: Path, rows: Iterator[_Row]) -> list[_Row]:
-    first: dict[str, _Row] = {}
-    for row in rows:
-        known = first.setdefault(row.file, row)
-        if known.label != row.label:
-            raise UserError(
-                f"{path} labels {row.file} twice: {known.label!r} (line {known.line}), {row.label!r} (line {row.line})"
-            )
-    if not first:
-        raise UserError(f"{path} lists no file")
-    return list(first.values())
+def _weights(path: Path, rows: Sequence[Row]) -> np.ndarray:
+    weights = np.empty(len(rows))
+    for i, row in enumerate(rows):
+        try:
+            weights[i] = float(row.weight or "")
+        except ValueError:
+            weights[i] = math.nan
+        if not 0 <= weights[i] < math.inf:
+            raise UserError(f"{path}, {row.place}: weight {row.weight!r} must be a number of at least 0")
+    if not weights.any():
+        raise UserError(f"{path}: every weight is 0, so no image could be drawn")
+    return weights

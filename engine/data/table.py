@@ -1,0 +1,128 @@
+"""The rows of a manifest, as text, whether it is CSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.samples import shorten
+from engine.errors import UserError
+
+REQUIRED = ("filename", "label")
+OPTIONAL = ("split", "group", "weight")
+HEAD_PREFIX = "label_"
+
+_PARQUET_MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a manifest; ``split``, ``group`` and ``weight`` are None where it has no such column.
+
+    ``place`` says where it stands, such as "line 7"; ``file`` is an absolute path; ``heads`` are the fields of the
+    columns ``label_*`` by what follows the prefix, empty where there is no label.
+    """
+
+    place: str
+    file: str
+    label: str
+    split: str | None
+    group: str | None
+    weight: str | None
+    heads: Mapping[str, str]
+
+
+def read_rows(path: Path, base: Path) -> list[Row]:
+    """At least one row; relative file names start from ``base``.
+
+    Raises UserError: it cannot be read, lacks a column, has none twice, lists nothing, or a field is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    folder = base.absolute()
+    rows = [_row(path, folder, place, fields) for place, fields in (_parquet(path) if is_parquet else _csv(path))]
+    if not rows:
+        raise UserError(f"{path} lists no file")
+    return rows
+
+
+def _row(path: Path, folder: Path, place: str, fields: Mapping[str, str]) -> Row:
+    for column in (*REQUIRED, *OPTIONAL):
+        if fields.get(column) == "":
+            raise UserError(f"{path}, {place}: empty {column}")
+    heads = {column[len(HEAD_PREFIX) :]: text for column, text in fields.items() if column.startswith(HEAD_PREFIX)}
+    split, group, weight = (fields.get(column) for column in OPTIONAL)
+    return Row(place, str(folder / fields["filename"]), fields["label"], split, group, weight, heads)
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            header = next(reader, [])
+            wanted = _wanted(path, header)
+            for fields in reader:
+                if not fields:
+                    continue
+                place = f"line {reader.line_num}"
+                if len(fields) > len(header):
+                    raise UserError(
+                        f"{path}, {place}: {len(fields)} fields under a header of {len(header)} "
+                        '(a comma in a name needs quotes: "a, b.png")'
+                    )
+                fields += [""] * (len(header) - len(fields))
+                yield place, {column: fields[i].strip() for column, i in wanted.items()}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a Parquet file, and pyarrow cannot be imported ({error}): "
+            "pip install 'fused-se-engine[parquet]', or save it as CSV"
+        ) from error
+    try:
+        header = parquet.read_schema(path).names
+        columns = {name: column.to_pylist() for name, column in _read_columns(parquet, path, _wanted(path, header))}
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    for number, fields in enumerate(zip(*columns.values(), strict=True), 1):
+        yield f"row {number}", dict(zip(columns, map(_as_text, fields), strict=True))
+
+
+def _read_columns(parquet: Any, path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    table = parquet.read_table(path, columns=list(wanted))
+    return zip(table.column_names, table.columns, strict=True)
+
+
+def _as_text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _wanted(path: Path, header: Sequence[str]) -> dict[str, int]:
+    """The columns that are read and where each stands."""
+    for column in REQUIRED:
+        if column not in header:
+            raise UserError(
+                f"{path} has no column {column!r} (its first line: {shorten(header) or 'empty'}): "
+                f"begin it with the header {','.join(REQUIRED)}"
+            )
+    wanted: dict[str, int] = {}
+    for i, column in enumerate(header):
+        if column in (*REQUIRED, *OPTIONAL) or (column.startswith(HEAD_PREFIX) and column != HEAD_PREFIX):
+            if column in wanted:
+                raise UserError(f"{path} has the column {column!r} twice")
+            wanted[column] = i
+    return wanted
