@@ -1,7 +1,8 @@
 """Labelled files from class folders: ``FOLDER/CLASS/**/image``.
 
 Files are sorted by their paths, so that their order never depends on the file system. Hidden files and folders are
-passed over.
+passed over. A file is taken for an image by its extension; one without, or with a number in its place as DICOM's names
+have, where its content is DICOM.
 """
 
 from __future__ import annotations
@@ -12,37 +13,48 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.decode import BadImage, read_header
+from engine.data.dicom import is_dicom
 from engine.data.samples import Samples, shorten, sort_class_names
 from engine.errors import UserError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
+    *(".dcm", ".dicom"),
+)
 VAL_NAMES = ("val", "valid", "validation")
 
 
-def read_splits_folder(root: Path) -> tuple[Samples, Samples | None, Samples | None]:
+def read_splits_folder(root: Path, *, allow_links: bool = False) -> tuple[Samples, Samples | None, Samples | None]:
     """Train, validation and test of a folder, the last two where it has them.
 
     ``root/train/CLASS/*`` with optional ``root/val/CLASS/*`` and ``root/test/CLASS/*``; or ``root/CLASS/*``, all train.
+
+    Raises UserError: a class is empty or unknown, or a link leads out of ``root`` and ``allow_links`` is not set.
     """
     require_folder(root)
+    within = None if allow_links else root
     if not (root / "train").is_dir():
         folders = [folder.name for folder in _visible_folders(root)]
         if folders and set(folders) <= {*VAL_NAMES, "test"}:
             raise UserError(f"{root} has {'/ and '.join(folders)}/ but no train/: add {root / 'train'}/CLASS/*")
-        return _read_train(root), None, None
+        return _read_train(root, within), None, None
 
-    train = _read_train(root / "train")
+    train = _read_train(root / "train", within)
     val_folders = [root / name for name in VAL_NAMES if (root / name).is_dir()]
     if len(val_folders) > 1:
         raise UserError(f"{root} has both {val_folders[0].name}/ and {val_folders[1].name}/: keep one of them")
-    val = read_known_classes(val_folders[0], train.class_names) if val_folders else None
-    test = read_known_classes(root / "test", train.class_names) if (root / "test").is_dir() else None
+    val = read_known_classes(val_folders[0], train.class_names, within) if val_folders else None
+    test = read_known_classes(root / "test", train.class_names, within) if (root / "test").is_dir() else None
     return train, val, test
 
 
-def read_known_classes(folder: Path, class_names: tuple[str, ...]) -> Samples:
-    """``folder/CLASS/*`` labelled by ``class_names``; raises UserError at a class that is not one of them."""
-    return _label(folder, _files_by_class(folder), class_names)
+def read_known_classes(folder: Path, class_names: tuple[str, ...], within: Path | None = None) -> Samples:
+    """``folder/CLASS/*`` labelled by ``class_names``.
+
+    Raises UserError at a class that is not one of them, and at a link that leads out of the folder ``within``.
+    """
+    return _label(folder, _files_by_class(folder, within), class_names)
 
 
 def require_folder(root: Path) -> None:
@@ -52,21 +64,25 @@ def require_folder(root: Path) -> None:
         raise UserError(f"--data-dir {root} is not a folder; for a manifest use --csv")
 
 
-def _read_train(folder: Path) -> Samples:
-    files = _files_by_class(folder)
+def _read_train(folder: Path, within: Path | None) -> Samples:
+    files = _files_by_class(folder, within)
     names = sort_class_names(files)
     if len(names) < 2:
         raise UserError(f"{folder} has one class folder only ({names[0]}): classification needs at least two")
     return _label(folder, files, names)
 
 
-def _files_by_class(folder: Path) -> dict[str, list[str]]:
-    files = {class_folder.name: _images_below(class_folder) for class_folder in _visible_folders(folder)}
+def _files_by_class(folder: Path, within: Path | None) -> dict[str, list[str]]:
+    root = None if within is None else os.path.realpath(within)
+    _require_within(str(folder), root)
+    files = {class_folder.name: _images_below(class_folder, root) for class_folder in _visible_folders(folder)}
     if not files:
-        if any(_is_image(path.name) for path in folder.iterdir()):
+        if any(_is_image(str(path)) for path in folder.iterdir()):
             raise UserError(f"{folder} holds images but no class folders: put each in {folder}/CLASS/, or use --csv")
         raise UserError(f"{folder} is empty: it needs one folder of images for each class")
     for name, images in files.items():
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise UserError(f"class folder {str(folder / name)!a}: its name is no text in UTF-8: rename it")
         if not images:
             known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
             raise UserError(f"class folder {folder / name} holds no image ({known}): fill it or remove it")
@@ -83,23 +99,67 @@ def _label(folder: Path, files: Mapping[str, list[str]], class_names: tuple[str,
     return Samples(tuple(file for name in ordered for file in files[name]), labels.astype(np.int64), class_names)
 
 
-def _images_below(folder: Path) -> list[str]:
+def _images_below(folder: Path, root: str | None) -> list[str]:
+    """Sorted; links are followed, but not out of the folder ``root``."""
     found: list[str] = []
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder.absolute(), followlinks=True):
+    waiting = [str(folder.absolute())]
+    _require_within(waiting[0], root)
+    while waiting:
+        parent = waiting.pop()
         real = os.path.realpath(parent)
         if real in seen:  # a link to a folder above would be walked for ever
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [f"{parent}{os.sep}{name}" for name in names if _is_image(name)]
+        for entry in _entries(parent):
+            if entry.name.startswith("."):
+                continue
+            is_folder = _is_folder(entry)
+            if not is_folder and not _is_image(entry.path):
+                continue
+            if entry.is_symlink():
+                _require_within(entry.path, root)
+            (waiting if is_folder else found).append(entry.path)
     return sorted(found)
 
 
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """By name, so that of two ways to one folder it is always the same that is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _require_within(link: str, root: str | None) -> None:
+    target = os.path.realpath(link)
+    if root is not None and target != root and not target.startswith(root.rstrip(os.sep) + os.sep):
+        raise UserError(
+            f"{link} is a link that leads out of {root}, to {target}: "
+            "copy what it leads to, or allow it with --allow-links"
+        )
+
+
 def _visible_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [Path(e.path) for e in _entries(str(folder)) if _is_folder(e) and not e.name.startswith(".")]
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+def _is_image(path: str) -> bool:
+    name = path.rpartition(os.sep)[2]
+    if name.startswith("."):
+        return False
+    _, _, extension = name.rpartition(".")
+    if extension != name and not extension.isdigit():
+        return f".{extension.lower()}" in IMAGE_EXTENSIONS
+    try:
+        return is_dicom(read_header(path))
+    except BadImage:
+        return False
