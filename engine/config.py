@@ -36,10 +36,17 @@ def _flag(default: Any, help: str, *, short: str | None = None, **argument: Any)
 class Config:
     """One training run, resolved. Field names are the flags' with underscores."""
 
-    data_dir: str | None = _flag(None, "folder with train/CLASS/* or CLASS/*; the embedded digits without it", type=str)
-    csv: str | None = _flag(None, "manifest of the training images, columns filename,label", type=str)
+    data_dir: str | None = _flag(
+        None,
+        "folder with train/CLASS/* or CLASS/*, CIFAR's files or an NPZ file; the embedded digits without it",
+        type=str,
+    )
+    csv: str | None = _flag(
+        None, "manifest of the training images, CSV or Parquet, columns filename,label; with split, of all", type=str
+    )
     val_csv: str | None = _flag(None, "manifest of the validation images", type=str)
     test_csv: str | None = _flag(None, "manifest of the test images", type=str)
+    allow_links: bool = _flag(False, "follow links that lead out of --data-dir", switch=True)
     val_fraction: float = _flag(
         0.15, "share of each training class held out for validation where none is given", type=float
     )

@@ -69,6 +69,7 @@ def open_data(config: Config) -> Splits:
         test_csv=config.test_csv,
         val_fraction=config.val_fraction,
         seed=config.seed,
+        allow_links=config.allow_links,
     )
 
 
@@ -126,7 +127,7 @@ def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ..
     """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
         name = str(args.csv or args.data_dir)
-        samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv)
+        samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv, allow_links=config.allow_links)
     else:
         splits = open_data(config)
         if splits.train.class_names != class_names:
@@ -147,9 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run (its best epoch) or one checkpoint")
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
-        "--data-dir", metavar="DIR", help="folder with test/CLASS/* or CLASS/*; the run's own test images without it"
+        "--data-dir",
+        metavar="DIR",
+        help="folder with test/CLASS/* or CLASS/*, CIFAR's files or an NPZ file; the run's own test images without it",
     )
-    images.add_argument("--csv", metavar="FILE", help="manifest with the columns filename,label")
+    images.add_argument(
+        "--csv", metavar="FILE", help="manifest with the columns filename,label; with split, its rows of test"
+    )
     parser.add_argument("--max-bad-fraction", type=float, help="largest share of unreadable images that is accepted")
     parser.add_argument("--epoch", type=int, help="score that epoch, where the run kept it (--keep-epochs)")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")

@@ -1,20 +1,24 @@
-"""The train, validation and test sets of an experiment, from a folder, from CSV manifests or from the embedded digits.
+"""The train, validation and test sets of an experiment, whatever they come from.
 
-No image is opened here: ``engine.data.check`` does that.
+A folder of class folders, manifests (CSV or Parquet), CIFAR's files, an NPZ file, or the embedded digits. No image file
+is decoded here: ``engine.data.check`` does that.
 """
 
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from engine.data.arrays import read_npz, relabel
+from engine.data.cifar import find_cifar, read_cifar
 from engine.data.counter import Purpose, generator
 from engine.data.digits import write_digits
 from engine.data.folder import read_known_classes, read_splits_folder, require_folder
-from engine.data.manifest import read_manifest
+from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
 from engine.errors import UserError
 
@@ -29,17 +33,21 @@ def open_splits(
     test_csv: StrPath | None = None,
     val_fraction: float = 0.15,
     seed: int = 0,
+    allow_links: bool = False,
 ) -> Splits:
     """The three sets; a test set is never touched for validation.
 
     Args:
         data_dir: ``DIR/train/CLASS/*`` with, where there are any, ``DIR/val/CLASS/*`` (or ``valid``, ``validation``)
-            and ``DIR/test/CLASS/*``; or ``DIR/CLASS/*``, all of it train. With ``csv``: the folder that the manifests'
-            relative file names start from, by default each manifest's own.
-        csv, val_csv, test_csv: manifests with the columns ``filename,label``.
+            and ``DIR/test/CLASS/*``; or ``DIR/CLASS/*``, all of it train. Or CIFAR-10 or CIFAR-100 as torchvision keeps
+            them, a folder or the .tar.gz, or an NPZ file in MedMNIST's form: the content decides. With ``csv``: the
+            folder that the manifests' relative file names start from, by default each manifest's own.
+        csv, val_csv, test_csv: manifests (``engine.data.manifest``), CSV or Parquet. ``csv`` is that of train, or with
+            a column ``split`` that of all three.
         val_fraction: the part of train, class by class, that becomes the validation set where none is given: at least
             one image of every class that has two, never the whole of a class.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
+        allow_links: follow links that lead out of ``data_dir``.
 
     Neither ``data_dir`` nor ``csv``: scikit-learn's scanned digits, made long-tailed (``engine.data.digits``).
 
@@ -57,7 +65,8 @@ def open_splits(
         train, val, test = _read_manifests(data_dir, csv, val_csv, test_csv)
     else:
         source = str(data_dir) if data_dir is not None else "embedded digits"
-        train, val, test = read_splits_folder(Path(data_dir) if data_dir is not None else write_digits())
+        root = Path(data_dir) if data_dir is not None else write_digits()
+        train, val, test = _read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
     origin = "given"
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
@@ -71,14 +80,21 @@ def open_splits(
     return Splits(train, val, test, description)
 
 
-def open_samples(class_names: Sequence[str], *, data_dir: StrPath | None = None, csv: StrPath | None = None) -> Samples:
+def open_samples(
+    class_names: Sequence[str],
+    *,
+    data_dir: StrPath | None = None,
+    csv: StrPath | None = None,
+    allow_links: bool = False,
+) -> Samples:
     """One set to score a trained model on, labelled by the model's own classes.
 
     Args:
         class_names: the classes in the model's order.
-        data_dir: ``DIR/test/CLASS/*`` where DIR has a test folder, else ``DIR/CLASS/*``. With ``csv``: the folder that
-            its relative file names start from.
-        csv: a manifest with the columns ``filename,label``.
+        data_dir: ``DIR/test/CLASS/*`` where DIR has a test folder, else ``DIR/CLASS/*``; or CIFAR's or an NPZ file's
+            test set. With ``csv``: the folder that its relative file names start from.
+        csv: a manifest; with a column ``split``, its rows of test.
+        allow_links: follow links that lead out of ``data_dir``.
 
     Neither: the test set of the embedded digits.
 
@@ -89,12 +105,31 @@ def open_samples(class_names: Sequence[str], *, data_dir: StrPath | None = None,
     if csv is not None:
         return read_manifest(Path(csv), _base(data_dir), names)
     root = Path(data_dir) if data_dir is not None else write_digits()
+    if (arrays := _read_arrays(root)) is not None:
+        test = arrays[2]
+        if test is None:
+            raise UserError(f"{root} has no test_images: name a file that has")
+        return relabel(test, names, root)
     require_folder(root)
+    within = None if allow_links else root
     if (root / "test").is_dir() and "test" not in names:
-        return read_known_classes(root / "test", names)
+        return read_known_classes(root / "test", names, within)
     if (root / "train").is_dir() and "train" not in names:
         raise UserError(f"{root} has train/ but no test/: name the folder whose class folders are to be scored")
-    return read_known_classes(root, names)
+    return read_known_classes(root, names, within)
+
+
+def _read_arrays(root: Path) -> tuple[Samples, Samples | None, Samples | None] | None:
+    """Train, validation and test of a source that is not image files; None: it is another."""
+    try:
+        if (cifar := find_cifar(root)) is not None:
+            train, test = read_cifar(cifar)
+            return train, None, test
+        if root.is_file() and zipfile.is_zipfile(root):
+            return read_npz(root)
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error.strerror}") from error
+    return None
 
 
 def _read_manifests(
@@ -106,9 +141,16 @@ def _read_manifests(
             f"--data-dir {base} has its own train/, and --csv {csv} names another: give one of the two "
             "(without --data-dir, names in the manifest start from its own folder)"
         )
-    train = read_manifest(Path(csv), base)
-    val = read_manifest(Path(val_csv), base, train.class_names) if val_csv is not None else None
-    test = read_manifest(Path(test_csv), base, train.class_names) if test_csv is not None else None
+    train, val, test = read_manifest_splits(Path(csv), base)
+    for flag, given, has in (("--val-csv", val_csv, val), ("--test-csv", test_csv, test)):
+        if given is not None and has is not None:
+            raise UserError(
+                f"{flag} {given}: --csv {csv} has such rows itself, by its column split: give one of the two"
+            )
+    if val_csv is not None:
+        val = read_manifest(Path(val_csv), base, train.class_names, train.heads, split="val")
+    if test_csv is not None:
+        test = read_manifest(Path(test_csv), base, train.class_names, train.heads, split="test")
     return train, val, test
 
 
