@@ -67,9 +67,9 @@ def make_bad(folder: Path) -> list[Bad]:
     os.mkfifo(folder / "pipe.png")
     for name, reason in (
         ("folder.png", "Is a directory"),
-        ("broken_link.png", "No such file"),
+        ("broken_link.png", "which does not exist"),
         ("loop.png", "Too many levels of symbolic links"),
-        ("pipe.png", "empty file"),
+        ("pipe.png", "not a regular file"),
     ):
         made.append(Bad(str(folder / name), reason))
     return made

@@ -19,6 +19,8 @@ from tests.image_corpus import ORIENTED, RGB, WIDTH, Bad, Good, make_bad, make_g
 
 LEVELS_BETWEEN_JPEG_DECODERS = 2
 
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")  # Pillow's, of a file made so
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> list[Good]:

@@ -7,12 +7,15 @@ several frames or pages the first counts. A file's content decides what it is, n
 
 from __future__ import annotations
 
-import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from engine.data import dicom
+from engine.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
 """By Pillow's names."""
@@ -38,6 +41,16 @@ class BadImage(ValueError):
     """A file that cannot be decoded, or should not be; its text is one line that says why and leaves out the name."""
 
 
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """``pixels`` (H, W, 3) uint8 RGB, and what the file held: ``format`` and ``mode`` by Pillow's names, or DICOM and
+    its photometric interpretation."""
+
+    pixels: np.ndarray
+    format: str
+    mode: str
+
+
 def decode_image(file: str) -> np.ndarray:
     """The file's pixels: (H, W, 3) uint8 RGB.
 
@@ -45,20 +58,24 @@ def decode_image(file: str) -> np.ndarray:
         BadImage: it cannot be decoded.
         UserError: it is a DICOM file, and pydicom is not installed.
     """
+    return decode(file).pixels
+
+
+def decode(file: str) -> Decoded:
+    """As ``decode_image``, and what the file held."""
     header = read_header(file)
     if not header:
         raise BadImage("empty file")
-    if dicom.is_dicom(header):
-        try:
-            return dicom.decode_dicom(file, MAX_PIXELS)
-        except (ValueError, OSError) as error:
-            raise BadImage(_first_line(error)) from error
     try:
+        if dicom.is_dicom(header):
+            pixels, photometric = dicom.decode_dicom(file, MAX_PIXELS)
+            return Decoded(pixels, "DICOM", photometric)
         with Image.open(file, formats=FORMATS) as image:
-            _require_pixels(image.width * image.height, f"{image.width} x {image.height}")
+            if not 0 < image.width * image.height <= MAX_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} pixels, not between 1 and {MAX_PIXELS}")
             image.load()
-            return _to_rgb(image)
-    except BadImage:
+            return Decoded(_to_rgb(image), image.format or "", image.mode)
+    except (BadImage, UserError):
         raise
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image of a known kind ({', '.join((*FORMATS, 'DICOM'))})") from error
@@ -71,10 +88,16 @@ def decode_image(file: str) -> np.ndarray:
 def read_header(file: str) -> bytes:
     """The first bytes, which tell what kind of file it is. Raises BadImage."""
     try:
-        with open(file, "rb", opener=_open_at_once) as opened:
-            return opened.read(_HEADER_BYTES)
+        status = Path(file).stat()
+        if stat.S_ISREG(status.st_mode):
+            with Path(file).open("rb") as opened:
+                return opened.read(_HEADER_BYTES)
     except OSError as error:
+        if Path(file).is_symlink() and isinstance(error, FileNotFoundError):
+            raise BadImage(f"link to {Path(file).readlink()}, which does not exist") from error
         raise BadImage(error.strerror or "cannot be opened") from error
+    # A named pipe in place of an image would be waited for.
+    raise BadImage("Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
 
 
 def dali_decodes(header: bytes) -> bool:
@@ -95,16 +118,6 @@ def dali_decodes(header: bytes) -> bool:
     if header.startswith(b"RIFF") and header[8:12] == b"WEBP":
         return header[12:16] in (b"VP8 ", b"VP8L")
     return False
-
-
-def _open_at_once(file: str, flags: int) -> int:
-    """Does not wait for a writer where a named pipe stands in place of an image."""
-    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _require_pixels(count: int, size: str) -> None:
-    if not 0 < count <= MAX_PIXELS:
-        raise BadImage(f"{size} pixels, not between 1 and {MAX_PIXELS}")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -132,4 +145,5 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (told.strip().splitlines() or [type(error).__name__])[0]

@@ -19,8 +19,8 @@ def is_dicom(header: bytes) -> bool:
     return header[128:132] == b"DICM"
 
 
-def decode_dicom(file: str, max_pixels: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB.
+def decode_dicom(file: str, max_pixels: int) -> tuple[np.ndarray, str]:
+    """(H, W, 3) uint8 RGB, and the photometric interpretation.
 
     Raises:
         ValueError: it cannot be decoded, has several frames, or more than ``max_pixels`` pixels.
@@ -40,9 +40,9 @@ def decode_dicom(file: str, max_pixels: int) -> np.ndarray:
         if photometric in ("MONOCHROME1", "MONOCHROME2"):
             grey = _shown(data, pixel_array(data).astype(np.float64))
             grey = np.rint(255 * (1 - grey if photometric == "MONOCHROME1" else grey)).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
+            return np.repeat(grey[..., None], 3, axis=2), photometric
         if photometric == "RGB" or photometric.startswith("YBR"):  # which pixel_array turns into RGB
-            return _eight_bits(pixel_array(data), int(data.BitsStored))
+            return _eight_bits(pixel_array(data), int(data.BitsStored)), photometric
     except ValueError:
         raise
     except Exception as error:  # pydicom and its decoders raise nearly anything at a damaged file
