@@ -235,6 +235,7 @@ def _build(
             seed=config.seed,
             alpha=config.sampling_alpha,
             beta=config.sampling_beta,
+            weights=splits.train.weights,
             epoch_size=config.epoch_size,
             replacement=config.replacement,
         ),

@@ -131,7 +131,7 @@ def _good() -> Iterator[tuple[str, bytes, np.ndarray | None]]:
     yield "grey_alpha.png", _encoded(grey_alpha, "PNG"), of_grey
     yield "clear_colour.png", _encoded(rgb, "PNG", transparency=tuple(map(int, RGB[0, 0]))), RGB
     yield "sixteen_bits.png", _encoded(deep, "PNG"), of_deep
-    high = np.dstack([RGB, GREY]).astype(np.uint16) * 257
+    high = np.dstack([RGB, GREY]).astype(np.uint16) * 256 + 200  # colour loses its lower byte; rounding would show
     for name, color_type, channels in (("rgb", 2, slice(0, 3)), ("rgba", 6, slice(0, 4))):
         yield f"sixteen_bits_{name}.png", _png(16, color_type, _filtered(high[..., channels].astype(">u2"))), RGB
     yield "gamma.png", _png(8, 2, _filtered(RGB), extra=_chunk(b"gAMA", struct.pack(">I", 45455))), RGB

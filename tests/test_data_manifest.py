@@ -205,11 +205,15 @@ def test_missing_pyarrow_is_said_with_the_way_out(images, monkeypatch):
     assert "pip install 'fused-se-engine[parquet]', or save it as CSV" in refusal(path)
 
 
-def test_a_parquet_manifest_is_trained_on(images):
-    columns = {"filename": [f"{i}.png" for i in range(12)], "label": ["a", "b"] * 6}
+def test_a_parquet_manifest_is_trained_on_by_its_weights(images):
+    columns = {"filename": [f"{i}.png" for i in range(12)], "label": ["a", "b"] * 6, "weight": [1.0, 0.0] * 6}
     path = write_parquet(images / "x.parquet", **columns, split=["train"] * 8 + ["val"] * 2 + ["test"] * 2)
     argv = ["--csv", str(path), "--model", "seresnet18", "--img-size", "32", "-b", "4", "-j", "1", "--epochs", "1"]
-    assert run(train.main, [*argv, "--warmup-epochs", "0", "--output", str(images / "run")]) == 0
+    argv += ["--sampling", "column", "--warmup-epochs", "0", "--output", str(images / "run")]
+    assert run(train.main, argv) == 0
+    drawn = [line.split(",") for line in (images / "run" / "sampling.csv").read_text().splitlines()]
+    assert drawn[0][-1] == "drawn"
+    assert {row[1]: int(row[-1]) for row in drawn[1:]} == {"a": 8, "b": 0}
 
 
 # The type
