@@ -12,7 +12,9 @@ from PIL import Image
 from engine import train
 from engine.cli import run
 from engine.data import Augmentation, Samples, check_images
+from engine.data import make_loader as loader_by_name
 from engine.data.decode import BadImage, dali_decodes, decode_image, read_header
+from engine.data.sizes import image_sizes
 from engine.errors import UserError
 from tests.data_helpers import make_loader, picture, save
 from tests.image_corpus import ORIENTED, RGB, WIDTH, Bad, Good, make_bad, make_good
@@ -60,6 +62,18 @@ def test_the_reference_decoder_turns_lossy_files_as_their_exif_says(good):
     for value, turn in ORIENTED.items():
         path = next(file.path for file in good if file.path.endswith(f"turned_{value}.jpg"))
         assert np.abs(decode_image(path).astype(int) - turn(RGB)).mean() < 12  # and over 60 where it is turned wrongly
+
+
+def test_sizes_are_those_of_the_decoded_images(good, tmp_path):
+    wide = [save(tmp_path / "x.png", picture(9, 14)), save(tmp_path / "y.webp", picture(9, 14))]
+    for value in ORIENTED:
+        exif = Image.Exif()
+        exif[0x0112] = value
+        wide += [save(tmp_path / f"{value}.{end}", picture(9, 14), exif=exif) for end in ("jpg", "png", "tif", "webp")]
+    paths = [*wide, *(file.path for file in good)]
+    expected = [decode_image(path).shape[:2] for path in paths]
+    assert [tuple(size) for size in image_sizes(samples_of(paths), workers=1).tolist()] == expected
+    assert len(set(expected)) == 3
 
 
 def test_the_loader_gives_the_reference_pixels_of_every_kind(good):
@@ -142,6 +156,22 @@ def test_pixels_of_an_array_reach_the_model_as_those_of_files_do(tmp_path):
     ):
         assert torch.equal(x, u)
         assert torch.equal(y, v)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_every_backend_crops_arrays_and_odd_files_alike(tmp_path, backend):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = samples_of(
+        [save(tmp_path / f"{i}.tif", picture(20, 30, seed=i), exif=exif, compression="tiff_lzw") for i in range(4)]
+    )
+    pixels = np.stack([decode_image(file) for file in files.files])
+    arrays = Samples(files.files, files.labels, files.class_names, pixels=pixels)
+    options = {"training": True, "augmentation": Augmentation(crop_scale=(0.2, 0.6)), "seed": 4}
+    options |= {"device": torch.device("cpu"), "dtype": torch.float32, "batch_size": 4, "img_size": 16, "workers": 1}
+    (x, y), (u, v) = (next(loader_by_name(backend, samples, **options).epoch(0)) for samples in (files, arrays))
+    assert torch.equal(x, u)
+    assert torch.equal(y, v)
 
 
 def test_a_subset_of_arrays_keeps_each_image_with_its_label():

@@ -35,6 +35,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What sets an image upright, by the value of its EXIF orientation."""
+_LYING = range(5, 9)
 
 
 class BadImage(ValueError):
@@ -83,6 +84,21 @@ def decode(file: str) -> Decoded:
         raise BadImage(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise BadImage(_first_line(error)) from error
+
+
+def read_size(file: str) -> tuple[int, int]:
+    """Height and width of what ``decode_image`` gives, from the header alone where it says so. Raises as that does."""
+    try:
+        if not dicom.is_dicom(read_header(file)):
+            with Image.open(file, formats=FORMATS) as image:
+                if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+                    image.load()  # which turns a TIFF, and in a PNG the orientation may stand behind the pixels
+                lies = _orientation(image) in _LYING
+                return (image.width, image.height) if lies else (image.height, image.width)
+    except Exception:  # what is wrong with it is said where it is decoded
+        pass
+    height, width = decode_image(file).shape[:2]
+    return height, width
 
 
 def read_header(file: str) -> bytes:

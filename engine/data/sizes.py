@@ -5,12 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import ExifTags, Image
 
+from engine.data.decode import BadImage, read_size
+from engine.data.feed import cannot_decode
 from engine.data.samples import Samples
-from engine.errors import UserError
-
-_LYING = range(5, 9)  # EXIF orientations that swap height and width
 
 
 def image_sizes(samples: Samples, *, workers: int) -> np.ndarray:
@@ -19,6 +17,8 @@ def image_sizes(samples: Samples, *, workers: int) -> np.ndarray:
     Raises:
         UserError: a file that is no image; it names the file.
     """
+    if samples.pixels is not None:
+        return np.tile(np.array(samples.pixels.shape[1:3], dtype=np.int32), (len(samples), 1))
     with ThreadPoolExecutor(workers) as pool:
         sizes = list(pool.map(_size, samples.files))
     return np.array(sizes, dtype=np.int32).reshape(-1, 2)
@@ -26,9 +26,6 @@ def image_sizes(samples: Samples, *, workers: int) -> np.ndarray:
 
 def _size(file: str) -> tuple[int, int]:
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-            lies = image.getexif().get(ExifTags.Base.Orientation) in _LYING
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error}): remove or replace it, then start again") from error
-    return (width, height) if lies else (height, width)
+        return read_size(file)
+    except BadImage as error:
+        raise cannot_decode(file, str(error)) from error

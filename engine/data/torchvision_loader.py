@@ -97,7 +97,8 @@ class _Batches(Dataset[Any]):
         for i, index in enumerate(planned.indices):
             file = self.data.files[index]
             try:
-                pixels = torch.from_numpy(decode_image(file).copy()).permute(2, 0, 1)
+                array = decode_image(file) if self.data.pixels is None else self.data.pixels[index]
+                pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
                 return _Failure(file, str(error) or type(error).__name__)
             box = None if planned.boxes is None else planned.boxes[i]
