@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     VALIDATION_SPLIT = 1
     SAMPLER = 2
     AUGMENTATION = 3
+    SPLIT = 16
 
 
 def generator(purpose: Purpose, seed: int, stream: int, *, block: int = 0) -> np.random.Generator:
