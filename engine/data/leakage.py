@@ -2,10 +2,10 @@
 
 The perceptual hash is the difference hash of N. Krawetz ("Kind of Like That", 2013): the picture in grey at 9 x 8, a
 bit for each of the 64 steps to the right, set where it grows brighter. Saving again as JPEG, scaling, a little noise or
-a change of contrast flips one bit at most in 93% to 100% of pictures with a 1/f spectrum; unrelated ones come no nearer
-than four bits in four thousand. Pictures that show the same thing in the same place do: 2% of the scanned digits have a
-neighbour at one bit, 13% at three. So one bit is the default, and a near-duplicate is reported rather than refused. A
-cropped, turned or mirrored copy is not found.
+a change of contrast flips one bit at most in 93% to 100% of pictures whose amplitudes fall as 1/f^1.5; among four
+thousand unrelated ones no two are nearer than four bits. Pictures that show the same thing in the same place can be: 2%
+of the scanned digits have a neighbour within one bit, 13% within three. So one bit is the default, and a near-duplicate
+is reported rather than refused. A cropped, turned or mirrored copy is not found.
 """
 
 from __future__ import annotations
