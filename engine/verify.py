@@ -21,7 +21,7 @@ from engine.cli import run
 from engine.config import ArgumentParser
 from engine.data.check import BadFile, find_links_out, probe_files
 from engine.data.folder import IMAGE_EXTENSIONS
-from engine.data.leakage import Leakage, find_identical, find_leakage
+from engine.data.leakage import Leakage, find_identical, find_leakage, find_shared_bytes
 from engine.data.listing import Listing, join_listings, printable, read_groups, read_listing, read_parts, write_all
 from engine.data.probe import Probe
 from engine.errors import UserError
@@ -32,7 +32,7 @@ BAD_FILES, SUMMARY, PICTURE = "bad_files.csv", "summary.json", "classes.png"
 
 
 def main(argv: list[str] | None) -> int:
-    """Returns 1 where a file is bad, or where two parts share a group or a file; else 0."""
+    """Returns 1 where a file is bad or has two labels, or where two parts share a group or a file; else 0."""
     args = _parser().parse_args(argv)
     parts = _open(args)
     everything = join_listings(list(parts.values()))
@@ -41,7 +41,9 @@ def main(argv: list[str] | None) -> int:
 
     probes = probe_files(everything.samples.files, workers=args.workers)
     bad = _bad_files(args, everything.samples.files, probes)
-    leakage = _leakage(args, everything, where, groups) if len(parts) > 1 else Leakage([], [], 0)
+    identical = find_identical(everything.samples.files, workers=args.workers)
+    contradictions = find_shared_bytes(identical, everything.samples.labels)
+    leakage = _leakage(args, everything, where, groups, identical) if len(parts) > 1 else Leakage([], [], 0)
     counts = count_classes(parts)
     part_of = dict(zip(everything.samples.files, where, strict=True))
     facts = describe_images(everything.samples.files, probes)
@@ -51,7 +53,11 @@ def main(argv: list[str] | None) -> int:
         print(f"\nbad files: {len(bad)}\n{_format_bad(bad[:SHOWN], part_of)}")
         if len(bad) > SHOWN:
             print(f"  and {len(bad) - SHOWN} more{'' if args.output else ' (--output DIR lists them all)'}")
-    for title, leaks in (("on two sides", leakage.shared), ("near-duplicates on two sides", leakage.near)):
+    for title, leaks in (
+        ("same image under two labels", contradictions),
+        ("on two sides", leakage.shared),
+        ("near-duplicates on two sides", leakage.near),
+    ):
         if leaks:
             print("\n" + format_leaks(title, leaks, everything.names, where))
     if args.output:
@@ -60,11 +66,12 @@ def main(argv: list[str] | None) -> int:
             "bad": len(bad),
             "classes": counts,
             **facts,
+            "contradictions": describe_leaks(contradictions, everything.names, where),
             "shared": describe_leaks(leakage.shared, everything.names, where),
             "near_duplicates": describe_leaks(leakage.near, everything.names, where),
         }
         _write(Path(args.output), bad, part_of, summary)
-    return int(bool(bad or leakage.shared))
+    return int(bool(bad or contradictions or leakage.shared))
 
 
 def describe_images(files: Sequence[str], probes: Sequence[Probe]) -> dict[str, Any]:
@@ -149,13 +156,18 @@ def _odd_entries(root: Path) -> list[BadFile]:
     return odd
 
 
-def _leakage(args: argparse.Namespace, everything: Listing, where: Sequence[str], groups: list[str] | None) -> Leakage:
-    files = everything.samples.files
+def _leakage(
+    args: argparse.Namespace,
+    everything: Listing,
+    where: Sequence[str],
+    groups: list[str] | None,
+    identical: Sequence[Sequence[int]],
+) -> Leakage:
     return find_leakage(
-        files,
+        everything.samples.files,
         np.unique(where, return_inverse=True)[1],
         groups=groups,
-        identical=find_identical(files, workers=args.workers),
+        identical=identical,
         near_distance=args.near_distance,
         workers=args.workers,
     )

@@ -161,15 +161,15 @@ def test_a_folder_that_cannot_be_read_is_named(good, capsys, monkeypatch):
 
 
 def test_links_out_of_the_folder_are_refused_unless_allowed(good, tmp_path, capsys):
-    outside = save(tmp_path / "outside" / "x.png", picture(9, 9))
-    (good / "a" / "link.png").symlink_to(outside)
-    (good / "a" / "inside.png").symlink_to(good / "b" / "000.png")
-    (good / "c").symlink_to(tmp_path / "outside")
+    outside = [save(tmp_path / name / "x.png", picture(9, 9, seed=i)) for i, name in enumerate(("one", "two"))]
+    (good / "a" / "link.png").symlink_to(outside[0])
+    (good / "a" / "inside.png").symlink_to(good / "a" / "000.png")
+    (good / "c").symlink_to(tmp_path / "two")
     status, printed = verified(capsys, good)
     assert status == 1
     assert "bad files: 2" in printed
-    assert f"link.png  link to {outside}, outside of {good}" in printed
-    assert f"c/x.png     link to {outside}, outside of {good}" in printed
+    assert f"link.png  link to {outside[0]}, outside of {good}" in printed
+    assert f"c/x.png     link to {outside[1]}, outside of {good}" in printed
     assert verified(capsys, good, "--allow-symlinks")[0] == 0
     (tmp_path / "alias").symlink_to(good)
     assert find_links_out([str(tmp_path / "alias" / "b" / "000.png")], tmp_path / "alias") == []
@@ -178,7 +178,7 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(good, tmp_path, caps
 def test_parts_that_share_something_fail(tmp_path, capsys):
     folder = make_folder(tmp_path / "x", {"a": 4, "b": 4})
     files = sorted(folder.rglob("*.png"))
-    (folder / "b" / "copy.png").write_bytes(files[0].read_bytes())
+    (folder / "b" / "copy.png").write_bytes(files[4].read_bytes())
     save(folder / "b" / "near.bmp", picture(12, 10, seed=1))
     header = "filename,label,group"
     train = "".join(f"{file},{file.parent.name},{file.stem}\n" for file in files[::2])
@@ -200,6 +200,16 @@ def test_parts_that_share_something_fail(tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert sorted(leak["why"] for leak in summary["shared"]) == ["group 002", "same bytes"]
     assert summary["classes"]["test"] == {"a": 2, "b": 4}
+
+
+def test_one_image_under_two_labels_fails(good, tmp_path, capsys):
+    (good / "a" / "again.png").write_bytes((good / "a" / "000.png").read_bytes())
+    assert verified(capsys, good)[0] == 0
+    (good / "b" / "else.png").write_bytes((good / "a" / "000.png").read_bytes())
+    status, printed = verified(capsys, good, "--output", tmp_path / "out")
+    assert status == 1
+    assert "same image under two labels: 1\n  all a/000.png, all b/else.png  (same bytes)" in printed
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["contradictions"]) == 1
 
 
 def test_near_duplicates_are_told_and_pass(tmp_path, capsys):
