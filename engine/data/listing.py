@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.folder import read_splits_folder
-from engine.data.manifest import COLUMNS, read_manifest
+from engine.data.manifest import read_manifest
 from engine.data.samples import Samples, shorten
 from engine.data.splitting import PARTS
 from engine.errors import UserError
 
+COLUMNS = ("filename", "label")
 _NEVER_KEPT = (*COLUMNS, "split")  # a manifest that is split again has no more use for its old split
 
 
