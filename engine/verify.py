@@ -133,7 +133,7 @@ def _bad_files(args: argparse.Namespace, files: Sequence[str], probes: Sequence[
     root = Path(args.sources[0])
     if root.is_dir():
         bad += _odd_entries(root)
-        if not args.allow_symlinks:
+        if not args.allow_links:
             known = {file.path for file in bad}
             bad += [file for file in find_links_out(files, root) if file.path not in known]
     return sorted(bad, key=lambda file: file.path)
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sources", metavar="DIR|CSV", nargs="+", help="a folder, or the manifests of one experiment")
     parser.add_argument("--output", metavar="DIR", help=f"folder for {BAD_FILES}, {SUMMARY} and {PICTURE}")
-    parser.add_argument("--allow-symlinks", action="store_true", help="accept links to images outside of DIR")
+    parser.add_argument("--allow-links", action="store_true", help="accept links to images outside of DIR")
     add_image_flags(parser)
     return parser
 

@@ -107,7 +107,7 @@ def write_bad(folder: Path) -> dict[str, tuple[str, str]]:
         "half_range.pgm": (b"P5\n4 4\n100\n" + bytes(range(16)), "neither 255 nor 65535"),
         "thirty_two_bits.tif": (
             _encoded(Image.fromarray(np.arange(81, dtype=np.int32).reshape(9, 9)), "TIFF"),
-            "DALI: ",
+            "",
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(good, tmp_path, caps
     assert "bad files: 2" in printed
     assert f"link.png  link to {outside[0]}, outside of {good}" in printed
     assert f"c/x.png     link to {outside[1]}, outside of {good}" in printed
-    assert verified(capsys, good, "--allow-symlinks")[0] == 0
+    assert verified(capsys, good, "--allow-links")[0] == 0
     (tmp_path / "alias").symlink_to(good)
     assert find_links_out([str(tmp_path / "alias" / "b" / "000.png")], tmp_path / "alias") == []
 
