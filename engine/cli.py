@@ -1,4 +1,6 @@
-"""How every command ends: 0, or 2 with one line on what to mend, or 130 when interrupted."""
+"""How every command ends: 0, 1 where it looked for faults and found some, 2 with one line on what to mend, 130 when
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,13 @@ from collections.abc import Callable
 from engine.errors import UserError
 
 
-def run(command: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Runs ``command(argv)`` and returns the exit status."""
+def run(command: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Runs ``command(argv)`` and returns the exit status: its own, 0 where it returns none."""
     try:
-        command(argv)
+        return command(argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

@@ -1,6 +1,7 @@
 """What has to be set before torch and Triton's kernels are first imported."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 # Workers of pytest -n share the cores: OpenMP's threads of one would wait for those of another
@@ -45,3 +46,12 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def checks_are_remembered_elsewhere(tmp_path_factory):
+    """The tests' thousand folders stay out of the user's cache."""
+    verdicts = sys.modules.get("engine.data.verdicts")
+    if verdicts is not None:
+        folder = tmp_path_factory.mktemp("cache")
+        verdicts.cache_folder = lambda: folder

@@ -2,23 +2,30 @@
 
 DALI cannot skip an image: one that fails takes the whole pipeline with it. Each file is first decoded by Pillow, which
 says best what is wrong with it, then by DALI, which is the one that counts and refuses a little more (a PNG without its
-last chunk, some WebP with metadata, 32-bit TIFF, grey JPEG 2000 with alpha).
+last chunk, some WebP with metadata, 32-bit TIFF, grey JPEG 2000 with alpha). Files that decoded and have not changed
+since are not decoded again (``engine.data.verdicts``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from tqdm import tqdm
 
-from engine.data.dali import Decoder
-from engine.data.probe import pillow_failure
+from engine.data import probe as pillow
+from engine.data.dali_decoder import Decoder, import_dali
+from engine.data.probe import Probe
 from engine.data.samples import Samples, Splits, shorten
+from engine.data.verdicts import Verdicts, stamp
 from engine.errors import UserError
 
 _FILES_AT_ONCE = 1024
@@ -32,33 +39,75 @@ class BadFile:
     reason: str
 
 
-def check_images(samples: Samples, *, workers: int) -> list[BadFile]:
-    """Decodes every file on ``workers`` threads, with a progress bar on stderr; returns those that fail, in order.
-
-    Arrays have nothing to decode; that they are (H, W, 3) uint8 is seen to where they are read.
-    """
-    if samples.pixels is not None:
+def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
+    """Decodes every file (absolute paths) on ``workers`` threads, with a progress bar on stderr; a Probe for each."""
+    if not files:
         return []
+    verdicts = Verdicts(files, _judges())
     own = threading.local()
 
     def start_worker() -> None:
         own.decoder = Decoder(torch.device("cpu"))
 
-    def reason(file: str) -> str | None:
-        return pillow_failure(file) or own.decoder.failure(file)
+    def judge(file: str) -> Probe:
+        now = stamp(file)
+        found = verdicts.find(file, now)
+        if found is None:
+            found = pillow.probe(file)
+            if found.reason is None:
+                found = dataclasses.replace(found, reason=own.decoder.failure(file))
+            verdicts.add(file, now, found)
+        return found
 
-    bad: list[BadFile] = []
-    with (
-        ThreadPoolExecutor(workers, initializer=start_worker) as pool,
-        tqdm(total=len(samples), desc="checking images", unit="img", leave=False) as bar,
-    ):
-        for start in range(0, len(samples), _FILES_AT_ONCE):
-            files = samples.files[start : start + _FILES_AT_ONCE]
-            for file, why in zip(files, pool.map(reason, files), strict=True):
-                if why is not None:
-                    bad.append(BadFile(file, why))
-                bar.update()
-    return bad
+    probes: list[Probe] = []
+    try:
+        with (
+            ThreadPoolExecutor(workers, initializer=start_worker) as pool,
+            tqdm(total=len(files), desc="checking images", unit="img", leave=False) as bar,
+        ):
+            for start in range(0, len(files), _FILES_AT_ONCE):
+                for found in pool.map(judge, files[start : start + _FILES_AT_ONCE]):
+                    probes.append(found)
+                    bar.update()
+    finally:
+        verdicts.save()  # an interrupted check goes on where it was
+    return probes
+
+
+def check_images(samples: Samples, *, workers: int) -> list[BadFile]:
+    """The files that fail ``probe_files``, in order.
+
+    Arrays have nothing to decode; that they are (H, W, 3) uint8 is seen to where they are read.
+    """
+    if samples.pixels is not None:
+        return []
+    probes = probe_files(samples.files, workers=workers)
+    return [BadFile(file, found.reason) for file, found in zip(samples.files, probes, strict=True) if found.reason]
+
+
+def find_links_out(files: Sequence[str], root: Path) -> list[BadFile]:
+    """The files below ``root`` that are links, or lie behind links, to somewhere outside of it.
+
+    Whoever may write into the folder could otherwise have any image of the machine read and shown in a report.
+    """
+    top = os.path.realpath(root)
+    real_folders: dict[str, str] = {}
+    out: list[BadFile] = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        real = f"{real_folders[folder]}{os.sep}{name}"
+        if Path(real).is_symlink():
+            real = os.path.realpath(real)
+        if os.path.commonpath([top, real]) != top:
+            out.append(BadFile(file, f"link to {real}, outside of {root}"))
+    return out
+
+
+def _judges() -> str:
+    dali, _, _ = import_dali()
+    return f"Pillow {PIL.__version__}, DALI {dali.__version__}, {' '.join(pillow.FORMATS)}, {pillow.MAX_PIXELS} pixels"
 
 
 def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) -> tuple[Splits, list[BadFile]]:

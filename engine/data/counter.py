@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SAMPLER = 2
     AUGMENTATION = 3
     MIXING = 4
+    SPLIT = 5
 
 
 def generator(purpose: Purpose, seed: int, stream: int, *, block: int = 0) -> np.random.Generator:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.data.cache import cache_folder
 from engine.errors import UserError
 
 TEST_PER_CLASS = 40
@@ -37,7 +38,7 @@ def write_digits(root: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(root) if root is not None else _cache_folder() / "digits"
+    folder = Path(root) if root is not None else cache_folder() / "digits"
     try:
         if not _is_complete(folder):
             _write(folder)
@@ -47,10 +48,6 @@ def write_digits(root: str | os.PathLike[str] | None = None) -> Path:
             "be written, or name your own images with --data-dir"
         ) from error
     return folder
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-se-engine"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -40,16 +40,20 @@ def read_rows(path: Path, base: Path) -> list[Row]:
 
     Raises UserError: it cannot be read, lacks a column, has none twice, lists nothing, or a field is empty.
     """
-    try:
-        with path.open("rb") as file:
-            is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     folder = base.absolute()
-    rows = [_row(path, folder, place, fields) for place, fields in (_parquet(path) if is_parquet else _csv(path))]
+    rows = [_row(path, folder, place, fields) for place, fields in (_parquet(path) if is_parquet(path) else _csv(path))]
     if not rows:
         raise UserError(f"{path} lists no file")
     return rows
+
+
+def is_parquet(path: Path) -> bool:
+    """By its first bytes. Raises UserError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _row(path: Path, folder: Path, place: str, fields: Mapping[str, str]) -> Row:

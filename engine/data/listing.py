@@ -1,0 +1,209 @@
+"""Images with the names that a split goes by and with all that their manifest says of them; manifests written whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.folder import read_splits_folder
+from engine.data.manifest import read_manifest, read_manifest_splits
+from engine.data.samples import Samples, shorten
+from engine.data.splitting import PARTS
+from engine.data.table import is_parquet
+from engine.errors import UserError
+
+COLUMNS = ("filename", "label")
+_NEVER_KEPT = (*COLUMNS, "split")  # a manifest that is split again has no more use for its old split
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """n labelled files.
+
+    Attributes:
+        samples: the files and their labels.
+        names: each file's name, relative to the folder that they come from where it lies below it, with "/".
+        columns: the manifest's further columns, n values each.
+    """
+
+    samples: Samples
+    names: tuple[str, ...]
+    columns: dict[str, tuple[str, ...]]
+
+    def subset(self, indices: Iterable[int]) -> Listing:
+        chosen = list(indices)
+        columns = {name: tuple(values[i] for i in chosen) for name, values in self.columns.items()}
+        return Listing(self.samples.subset(chosen), tuple(self.names[i] for i in chosen), columns)
+
+
+def read_listing(
+    source: Path,
+    base: Path | None = None,
+    class_names: tuple[str, ...] | None = None,
+    *,
+    allow_links: bool = False,
+) -> Listing:
+    """``source/CLASS/*``, or a manifest whose relative names start from ``base`` (by default its own folder).
+
+    A manifest's own split is passed over, unless ``class_names`` are given: then it is test.
+
+    Raises:
+        UserError: as ``read_splits_folder`` and ``read_manifest``; a folder that is split already.
+    """
+    if source.is_dir():
+        parts = read_parts(source, allow_links=allow_links)
+        if "all" not in parts:
+            raise UserError(f"{source} is split already: it has train/; name the folder that holds the class folders")
+        return parts["all"]
+    if class_names is None:
+        return join_listings(list(read_manifest_parts(source, base).values()))
+    return _of_manifest(read_manifest(source, base, class_names), source, base)
+
+
+def read_manifest_parts(path: Path, base: Path | None = None) -> dict[str, Listing]:
+    """Train, val and test by a manifest's column ``split``; without one, all as train."""
+    parts = zip(PARTS, read_manifest_splits(path, base), strict=True)
+    return {name: _of_manifest(part, path, base) for name, part in parts if part is not None}
+
+
+def read_parts(folder: Path, *, allow_links: bool = False) -> dict[str, Listing]:
+    """``folder/train/CLASS/*``, val and test where there are any, by these names; or ``folder/CLASS/*`` as "all"."""
+    try:
+        found = read_splits_folder(folder, allow_links=allow_links)
+        names = PARTS if (folder / "train").is_dir() else ("all",)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    parts = zip(names, found, strict=False)
+    return {name: Listing(part, _relative(part, folder), {}) for name, part in parts if part is not None}
+
+
+def join_listings(parts: Sequence[Listing]) -> Listing:
+    """One after the other; with the further columns that all of them have, and the first one's classes."""
+    samples = Samples(
+        tuple(file for part in parts for file in part.samples.files),
+        np.concatenate([part.samples.labels for part in parts]),
+        parts[0].samples.class_names,
+    )
+    common = [name for name in parts[0].columns if all(name in part.columns for part in parts)]
+    columns = {name: tuple(value for part in parts for value in part.columns[name]) for name in common}
+    return Listing(samples, tuple(name for part in parts for name in part.names), columns)
+
+
+def read_groups(listing: Listing, source: str, column: str | None, pattern: str | None) -> list[str] | None:
+    """The group of each file: a column of its manifest, or the first group of a regular expression on its name."""
+    if column is not None:
+        if column not in listing.columns:
+            known = shorten(listing.columns) or "no further column"
+            raise UserError(f"--group-column {column}: {source} has {known}; for names use --group-regex")
+        groups = list(listing.columns[column])
+        what = f"--group-column {column}: empty"
+    elif pattern is not None:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"--group-regex {pattern!r} is not a regular expression: {error}") from error
+        if compiled.groups < 1:
+            raise UserError(rf"--group-regex {pattern!r} has no group in parentheses, such as 'patient(\d+)_'")
+        matches = [compiled.search(name) for name in listing.names]
+        groups = [(match[1] or "") if match else "" for match in matches]
+        what = f"--group-regex {pattern!r}: no match"
+    else:
+        return None
+    ungrouped = [name for name, group in zip(listing.names, groups, strict=True) if not group]
+    if ungrouped:
+        raise UserError(f"{what} for {len(ungrouped)} of {len(groups)} files: {shorten(ungrouped, limit=3)}")
+    return groups
+
+
+def format_manifest(listing: Listing, folder: Path) -> str:
+    """A CSV with the columns ``filename,label`` and the listing's own, to stand in ``folder``.
+
+    Names are relative where a file lies below ``folder``, so that both can move together, and absolute elsewhere.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *listing.columns])
+    top = f"{folder.absolute()}{os.sep}"
+    samples = listing.samples
+    for i, file in enumerate(samples.files):
+        try:
+            file.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{printable(file)}: its name is not UTF-8, which a CSV here must be; rename it") from None
+        name = file.removeprefix(top)
+        name = f".{os.sep}{name}" if name != name.strip() else name  # readers strip a field
+        writer.writerow(
+            [name, samples.class_names[samples.labels[i]], *(values[i] for values in listing.columns.values())]
+        )
+    return text.getvalue()
+
+
+def write_all(folder: Path, files: Mapping[str, bytes], *, stale: Iterable[str] = ()) -> None:
+    """Writes ``folder/NAME`` for each name, all of them or none, and then removes the ``stale`` ones.
+
+    Every file is on the disk before the first is put in its place.
+    """
+    staging: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        for name, content in files.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            with (staging / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (staging / name).replace(folder / name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): name another --output") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def printable(name: str) -> str:
+    """A file name with ``\\xNN`` for what is not UTF-8, so that it can be printed anywhere."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _relative(samples: Samples, folder: Path) -> tuple[str, ...]:
+    top = f"{folder.absolute()}{os.sep}"
+    return tuple(file.removeprefix(top).replace(os.sep, "/") for file in samples.files)
+
+
+def _of_manifest(samples: Samples, path: Path, base: Path | None) -> Listing:
+    folder = base if base is not None else path.parent
+    return Listing(samples, _relative(samples, folder), _further_columns(path, folder, samples))
+
+
+def _further_columns(path: Path, folder: Path, samples: Samples) -> dict[str, tuple[str, ...]]:
+    records = _records(path)
+    columns = [name for name in records if name not in _NEVER_KEPT]
+    row_of = {str(folder.absolute() / name): i for i, name in enumerate(records[COLUMNS[0]])}
+    rows = [row_of[file] for file in samples.files]
+    return {name: tuple(records[name][i] for i in rows) for name in columns}
+
+
+def _records(path: Path) -> dict[str, list[str]]:
+    """The columns of a manifest that has been read already: all of them, as text."""
+    if is_parquet(path):
+        from pyarrow import parquet
+
+        columns = parquet.read_table(path).to_pydict()
+        return {name: ["" if v is None else str(v).strip() for v in values] for name, values in columns.items()}
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        header, *rows = [fields for fields in csv.reader(lines) if fields]
+    return {name: [(row[i] if i < len(row) else "").strip() for row in rows] for i, name in enumerate(header)}

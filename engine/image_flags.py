@@ -1,0 +1,42 @@
+"""The flags that ``engine.split`` and ``engine.verify`` have in common."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.data.leakage import HASH_BITS, NEAR_DISTANCE
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that names in a CSV start from; its own without it")
+    parser.add_argument("--allow-links", action="store_true", help="accept links to images outside of DIR")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--group-column", metavar="NAME", help="column of a CSV that names the group, such as a patient")
+    group.add_argument("--group-regex", metavar="REGEX", help=r"takes the group from the name, such as 'patient(\d+)_'")
+    parser.add_argument(
+        "--near-distance",
+        metavar="BITS",
+        type=_distance,
+        default=NEAR_DISTANCE,
+        help=f"of {HASH_BITS}, in which near-duplicates may differ; -1 looks for none (default: {NEAR_DISTANCE})",
+    )
+    parser.add_argument(
+        "-j", "--workers", metavar="N", type=_threads, default=4, help="threads that read images (default: 4)"
+    )
+
+
+def _distance(text: str) -> int:
+    return _between(text, -1, HASH_BITS)
+
+
+def _threads(text: str) -> int:
+    return _between(text, 1, 1024)
+
+
+def _between(text: str, lowest: int, highest: int) -> int:
+    try:
+        if lowest <= int(text) <= highest:
+            return int(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {lowest} to {highest}")
