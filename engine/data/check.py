@@ -1,9 +1,8 @@
 """Every image is decoded once before training, so that a bad one is named and left out instead of ending the run.
 
 DALI cannot skip an image: one that fails takes the whole pipeline with it. Each file is first decoded by Pillow, which
-says best what is wrong with it, then by DALI, which is the one that counts and refuses a little more (a PNG without its
-last chunk, some WebP with metadata, 32-bit TIFF, grey JPEG 2000 with alpha). Files that decoded and have not changed
-since are not decoded again (``engine.data.verdicts``).
+says best what is wrong with it, then by DALI, where it is DALI that will decode it: it refuses a little more (a PNG
+without its last chunk). Files that decoded and have not changed since are not decoded again (``engine.data.verdicts``).
 """
 
 from __future__ import annotations
