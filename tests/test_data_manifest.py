@@ -163,7 +163,7 @@ def test_parquet_is_read_as_csv_is(images):
         "ignored": [{"deep": i} for i in range(8)],
         "split": pyarrow.array(["train"] * 5 + ["val", "test", "test"]).dictionary_encode(),
         "weight": [0.1 * i for i in range(8)],
-        "group": [10 + i // 2 for i in range(8)],
+        "group": [10, 10, 11, 11, 12, 13, 14, 14],
         "label_h": ["x", None, "y", "x", None, "y", "x", None],
     }
     by_content = write_parquet(images / "x.csv", **columns)

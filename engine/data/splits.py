@@ -20,6 +20,7 @@ from engine.data.digits import write_digits
 from engine.data.folder import read_known_classes, read_splits_folder, require_folder
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
+from engine.data.splitting import split_groups
 from engine.errors import UserError
 
 StrPath = str | os.PathLike[str]
@@ -45,7 +46,7 @@ def open_splits(
         csv, val_csv, test_csv: manifests (``engine.data.manifest``), CSV or Parquet. ``csv`` is that of train, or with
             a column ``split`` that of all three.
         val_fraction: the part of train, class by class, that becomes the validation set where none is given: at least
-            one image of every class that has two, never the whole of a class.
+            one image of every class that has two, never the whole of a class. Where a manifest has groups, whole ones.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
         allow_links: follow links that lead out of ``data_dir``.
 
@@ -71,7 +72,7 @@ def open_splits(
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
         origin = f"taken from train, {val_fraction:.0%} of each class"
-    _refuse_shared_files(train, val, test)
+    _refuse_shared(train, val, test)
 
     description = (
         f"{source}: {len(train.class_names)} classes, train {len(train)}, val {len(val)} ({origin}), "
@@ -162,6 +163,23 @@ def _base(data_dir: StrPath | None) -> Path | None:
 
 
 def _take_validation(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
+    is_val = _validation_groups(train, fraction, seed) if train.groups else _validation_images(train, fraction, seed)
+    if not is_val.any():
+        what = "no class has two groups" if train.groups else "no class has two images"
+        raise UserError(f"{what}, so none can be left out for validation: give a validation set")
+    return train.subset(np.flatnonzero(~is_val)), train.subset(np.flatnonzero(is_val))
+
+
+def _validation_groups(train: Samples, fraction: float, seed: int) -> np.ndarray:
+    """(n,) bool: whole groups, and never all that hold a class."""
+    names, classes = train.groups or (), len(train.class_names)
+    is_val = split_groups(train.labels, names, (1 - fraction, fraction), seed, num_classes=classes) == 1
+    left = np.bincount(train.labels[~is_val], minlength=classes)
+    groups = np.array(names)
+    return is_val & ~np.isin(groups, groups[left[train.labels] == 0])
+
+
+def _validation_images(train: Samples, fraction: float, seed: int) -> np.ndarray:
     is_val = np.zeros(len(train), dtype=bool)
     for label in range(len(train.class_names)):
         # By name and not by place, so that a manifest's order does not matter either.
@@ -170,14 +188,21 @@ def _take_validation(train: Samples, fraction: float, seed: int) -> tuple[Sample
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
             shuffled = generator(Purpose.VALIDATION_SPLIT, seed, label).permutation(members)
             is_val[shuffled[:count]] = True
-    if not is_val.any():
-        raise UserError("no class has two images, so none can be left out for validation: give a validation set")
-    return train.subset(np.flatnonzero(~is_val)), train.subset(np.flatnonzero(is_val))
+    return is_val
 
 
-def _refuse_shared_files(train: Samples, val: Samples, test: Samples | None) -> None:
-    owner: dict[str, str] = {}
-    for split, samples in (("train", train), ("val", val), ("test", test)):
-        for file in samples.files if samples is not None else ():
-            if owner.setdefault(file, split) != split:
-                raise UserError(f"{file} is in both {owner[file]} and {split}: leave it in one of them")
+def _refuse_shared(train: Samples, val: Samples, test: Samples | None) -> None:
+    """Raises UserError where a file, or a group of the manifest's, is in two of the sets."""
+    parts = [(split, samples) for split, samples in (("train", train), ("val", val), ("test", test)) if samples]
+    file_in: dict[str, str] = {}
+    group_in: dict[str, str] = {}
+    for split, samples in parts:
+        for file in samples.files:
+            if file_in.setdefault(file, split) != split:
+                raise UserError(f"{file} is in both {file_in[file]} and {split}: leave it in one of them")
+        for group in samples.groups or ():
+            if group_in.setdefault(group, split) != split:
+                raise UserError(
+                    f"the group {group!r} is in both {group_in[group]} and {split}: divide the images again with "
+                    "python -m engine.split --group-column group"
+                )
