@@ -1,4 +1,4 @@
-"""Bytes of a ResNet's stem behind its convolution, BatchNorm + ReLU + max pool, three ways: for `benchmarks.traffic`."""
+"""Bytes of a ResNet's stem, BatchNorm + ReLU + max pool, in training, three ways: for `benchmarks.traffic`."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ STEM = """
 ## The stem: BatchNorm, ReLU, max pool
 
 In units of y, 64 channels, channels-last, in training. What a window has in common with the one on its left the Triton
-kernels read twice, the second time from L1, and both are counted: of y half a unit forward; of dout and the codes, a byte
-for every output, an eighth and a sixteenth backward in half precision.
+kernels read twice, the second time from L1, and both are counted: half a unit of y forward; backward a quarter of dout
+and of the codes, a byte for every output.
 
 {table}
 """

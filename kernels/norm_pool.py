@@ -6,8 +6,8 @@ With y (N, C, H, W) and M = N * HW values a channel,
     out[i, j] = max(0, v[h, w])        over the pixels that there are of 2i - 1 <= h <= 2i + 1, 2j - 1 <= w <= 2j + 1
 
 and code[i, j] = 3 (h - 2i + 1) + (w - 2j + 1) of the maximum, the first one as PyTorch counts them, or 9 where none is
-above 0: there the ReLU passes no gradient. v is compared as it is rounded to y's dtype, which is what eager compares, so
-that what is a tie there is one here.
+above 0: there the ReLU passes no gradient. v is compared as it is rounded to y's dtype, which is what eager compares,
+so that what is a tie there is one here.
 
 Forward: one read of y gives mu and var, and a second one out and code. Backward, with d[h, w] the sum of dout over the
 at most four windows whose code points at (h, w), one sweep over the windows, which reads y where code points,
@@ -64,9 +64,9 @@ def norm_relu_pool(y: Tensor, norm: Norm, *, backend: str = "auto") -> Tensor:
         backend: "auto", or one of `available_backends` but "cuda", which has no such operator.
 
     Returns:
-        (N, C, ceil(H / 2), ceil(W / 2)) in y's dtype, channels-last. The arithmetic is in float32 (float64 for a float64
-        y). Differentiable once in y and the norm's weight and bias; ``backend="eager"`` is plain PyTorch and has no such
-        limit.
+        (N, C, ceil(H / 2), ceil(W / 2)) in y's dtype, channels-last. The arithmetic is in float32 (float64 for a
+        float64 y). Differentiable once in y and the norm's weight and bias; ``backend="eager"`` is plain PyTorch and
+        has no such limit.
 
     Raises:
         ValueError: a shape, dtype, layout, device or name that does not fit, or one value a channel in training.
@@ -134,9 +134,7 @@ def _fwd_fake(y: Tensor, *_: Any) -> tuple[Tensor, ...]:
 def _outputs(y: Tensor) -> tuple[Tensor, ...]:
     N, C, H, W = y.shape
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    out = torch.empty(
-        (N, C, pooled(H), pooled(W)), dtype=y.dtype, device=y.device, memory_format=torch.channels_last
-    )
+    out = torch.empty((N, C, pooled(H), pooled(W)), dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
     code = y.new_empty((N, pooled(H), pooled(W), C), dtype=torch.uint8)
     return out, code, y.new_empty((ROWS, C), dtype=wide)
 

@@ -177,9 +177,7 @@ def _norm_pool_kernel(
         _row(p_stats + SHIFT_ROW * C, o_c, m_c),
     )
     mask = _mask(m_c, o_w < Wo, VECTOR)
-    best, code = _row_maximum(
-        p_y, 2 * i_h - 1, o_w, o_c, m_c, mean, scale, shift, H, W, s_yh, s_yw, VECTOR, B_W, B_C
-    )
+    best, code = _row_maximum(p_y, 2 * i_h - 1, o_w, o_c, m_c, mean, scale, shift, H, W, s_yh, s_yw, VECTOR, B_W, B_C)
     for i_o in range(i_h, tl.minimum(i_h + B_H, Ho)):
         value, position = _row_maximum(
             p_y, 2 * i_o, o_w, o_c, m_c, mean, scale, shift, H, W, s_yh, s_yw, VECTOR, B_W, B_C

@@ -15,7 +15,7 @@ from kernels import BackendUnavailable
 from kernels.norm_pool import norm_relu_pool
 from kernels.residual_tail import Norm
 from tests.accuracy import FEW, assert_network_as_accurate_as_eager
-from tests.backends import DEVICES, POOL_MODULES, TAILED, param, watch
+from tests.backends import POOL_MODULES, TAILED, param, watch
 from tests.tail_cases import make_tail
 
 SHAPES = {  # (N, C, H, W)
@@ -68,7 +68,11 @@ def results_of(stem: Stem, backend: str) -> dict[str, Tensor]:
 
 def check_parity(stem: Stem, backend: str) -> dict[str, Tensor]:
     """Holds each of the two activations, and all that has C columns as one vector, to the accuracy rule."""
-    actual, eager, exact = results_of(stem, backend), results_of(stem, "eager"), results_of(stem.to(torch.float64), "eager")
+    actual, eager, exact = (
+        results_of(stem, backend),
+        results_of(stem, "eager"),
+        results_of(stem.to(torch.float64), "eager"),
+    )
     assert actual.keys() == eager.keys() == exact.keys()
     for name, t in actual.items():
         assert (t.dtype, t.shape) == (eager[name].dtype, eager[name].shape), name
@@ -243,9 +247,11 @@ VIEWS = {
     "some channels": lambda x: in_channels_last(x)[:, 3:14],
     "rows and columns exchanged": lambda x: in_channels_last(x).transpose(2, 3),
     "samples of one": lambda x: in_channels_last(x)[:1].expand(3, -1, -1, -1),
-    "one element into its storage": lambda x: torch.cat((x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()))[1:]
-    .view(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
-    .permute(0, 3, 1, 2),
+    "one element into its storage": lambda x: (
+        torch.cat((x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()))[1:]
+        .view(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
+        .permute(0, 3, 1, 2)
+    ),
 }
 
 
