@@ -79,7 +79,7 @@ class Launch:
             name = "scale out = in*gate" + (" + q" if self.constants["WITH_Q"] else "")
         if self.kernel.__module__ in TAIL_MODULES:
             name = f"tail {name}"
-        if self.kernel.__module__ == norm_pool_triton.__name__:
+        if "norm_pool" in name:
             name = name.replace("norm_pool", "BN+ReLU+pool").replace("_", " ")
         order = next((self.constants[key] for key in ("X_ORDER", "O_ORDER", "ORDER") if key in self.constants), None)
         return f"{name}, {order}" if order else name

@@ -78,16 +78,15 @@ def _swap_pair(pair: PairFinding, backend: str) -> None:
     for name, module in ((pair.act, act), (pair.pool, pool)):
         if name and module is not None:
             setattr(pair.parent, name, nn.Identity().train(module.training))
-    if pool is not None and hasattr(pair.parent, _LOOKS_BETWEEN):
+    if pair.pool and hasattr(pair.parent, _LOOKS_BETWEEN):
         setattr(pair.parent, _LOOKS_BETWEEN, functools.partial(_look_between, pair.parent, pair.norm, pair.pool))
 
 
 def _look_between(parent: nn.Module, norm: str, pool: str, *args: Any, **kwargs: Any) -> Any:
     """timm's ``forward_intermediates``, which may return what stands between the activation and the pool."""
-    fused = parent._modules[norm]
-    assert isinstance(fused, FusedNormActPool)
-    identity = parent._modules[pool]
-    parent._modules[norm], parent._modules[pool] = fused.without_pool(), fused.pool
+    fused, identity = parent._modules[norm], parent._modules[pool]
+    apart = (fused.without_pool(), fused.pool) if isinstance(fused, FusedNormActPool) else (fused, identity)
+    parent._modules[norm], parent._modules[pool] = apart
     try:
         return getattr(type(parent), _LOOKS_BETWEEN)(parent, *args, **kwargs)
     finally:
