@@ -100,7 +100,7 @@ def unfuse_tails(model: nn.Module) -> int:
 
     Raises:
         ValueError: ``model`` is itself a fused block, whose `FusedBlock.unfused` gives the eager one; or the
-            nn.Identity that an activation left behind is gone.
+            nn.Identity that an activation or a pool left behind is gone.
     """
     if isinstance(model, FusedBlock):
         raise ValueError("model is itself a fused block and cannot be swapped in place: take model.unfused()")
