@@ -33,7 +33,7 @@ class _CountedTails(CountedOperators):
 
     def __init__(self) -> None:
         super().__init__()
-        self.units = tail_units()
+        self.units, self.pool_units = tail_units(), pool_units()
 
     def accesses_of(self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> list[Access]:
         if func.namespace != "kernels":
@@ -41,9 +41,9 @@ class _CountedTails(CountedOperators):
         if func is torch.ops.kernels.tail_fwd.default:
             y, kind, direction = args[0], tail_traffic.Kind(args[4] is not None, args[1] is not None, args[16]), 0
         elif func is torch.ops.kernels.pool_fwd.default:
-            return [Access(str(func), round(pool_units()[0] * args[0].nbytes))]
+            return [Access(str(func), round(self.pool_units[0] * args[0].nbytes))]
         elif func is torch.ops.kernels.pool_bwd.default:
-            return [Access(str(func), round(pool_units()[1] * args[1].nbytes))]
+            return [Access(str(func), round(self.pool_units[1] * args[1].nbytes))]
         else:
             assert func is torch.ops.kernels.tail_bwd.default, func
             y, kind, direction = args[1], tail_traffic.Kind(args[3] is not None, args[12], args[7].numel() > 0), 1
