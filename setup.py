@@ -33,6 +33,10 @@ SOURCES = [
     "csrc/tail_baseline.cpp",
     "csrc/tail_avx2.cpp",
     "csrc/tail_avx512.cpp",
+    "csrc/pool_ops.cpp",
+    "csrc/pool_baseline.cpp",
+    "csrc/pool_avx2.cpp",
+    "csrc/pool_avx512.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 CUDA_SOURCES = ["csrc/se_cuda.cu", "csrc/se_cuda_ops.cpp"]

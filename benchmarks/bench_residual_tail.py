@@ -1,4 +1,5 @@
-"""The tail of SE-ResNet50's blocks, and their inner BatchNorm + ReLU, against eager and torch.compile.
+"""The tail of SE-ResNet50's blocks, their inner BatchNorm + ReLU, and the stem's with its max pool, against eager and
+torch.compile.
 
 Training: forward (which saves what the backward needs and updates the running statistics); backward alone, every
 gradient; and both. Eager is the modules one after another. On a GPU every fused backend that has a tail races, and
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.race import Entrant, race
-from kernels import SEBlock, available_backends
+from kernels import SEBlock, available_backends, norm_relu_pool
 from kernels.backends import OPERATORS
 from kernels.residual_tail import SE, Norm, residual_tail
 
@@ -23,9 +24,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, CALLS = (256, 6) if DEVICE == "cuda" else (8, 1)
 TAILS = {"stage 1": (256, 56), "stage 2": (512, 28), "stage 3": (1024, 14), "stage 4": (2048, 7)}
 PAIRS = {"stage 1": (64, 56), "stage 2": (128, 28), "stage 3": (256, 14), "stage 4": (512, 7)}
-KINDS = {"tail": TAILS, "BN+ReLU": PAIRS}
+STEM = {"stem": (64, 112)}
+KINDS = {"tail": TAILS, "BN+ReLU": PAIRS, "BN+ReLU+pool": STEM}
 DTYPES = {"bfloat16": torch.bfloat16} if DEVICE == "cuda" else {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CASES = [(kind, stage, dtype) for kind in KINDS for stage in TAILS for dtype in DTYPES]
+CASES = [(kind, stage, dtype) for kind in KINDS for stage in KINDS[kind] for dtype in DTYPES]
 
 # Activation tensors that a call moves (design section 5), the mask's bit an element as in a half type. The tail reads y
 # twice and the residual, and writes out and the bits; then it reads dout, the bits and y twice each, and writes dy and
@@ -33,23 +35,26 @@ CASES = [(kind, stage, dtype) for kind in KINDS for stage in TAILS for dtype in 
 UNITS = {
     "tail": {"forward": 4 + 1 / 16, "backward": 6 + 2 / 16},
     "BN+ReLU": {"forward": 3, "backward": 5},
+    # out, dout and the codes, a byte each, have a quarter as many elements
+    "BN+ReLU+pool": {"forward": 2 + 1 / 4 + 1 / 8, "backward": 3 + 2 / 4 + 2 / 8},
 }
 
 
 class Modules(nn.Module):
     """What a block has at its end, as modules."""
 
-    def __init__(self, channels: int, with_se: bool) -> None:
+    def __init__(self, channels: int, with_se: bool, with_pool: bool) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
         self.se = SEBlock(channels) if with_se else None
         self.act = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(3, 2, 1) if with_pool else nn.Identity()
 
     def forward(self, y: Tensor, residual: Tensor | None) -> Tensor:
         z = self.norm(y)
         if self.se is not None:
             z = self.se(z)
-        return self.act(z if residual is None else z + residual)
+        return self.pool(self.act(z if residual is None else z + residual))
 
 
 class Fused(Modules):
@@ -60,6 +65,8 @@ class Fused(Modules):
     def forward(self, y: Tensor, residual: Tensor | None) -> Tensor:
         bn = self.norm
         norm = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, training=True)
+        if isinstance(self.pool, nn.MaxPool2d):
+            return norm_relu_pool(y, norm, backend=self.backend)
         se = None if self.se is None else SE(self.se.fc[0].weight, self.se.fc[2].weight)
         return residual_tail(y, norm, se=se, residual=residual, backend=self.backend)
 
@@ -98,15 +105,15 @@ def case(request: pytest.FixtureRequest) -> Case:
     """Inputs, and the ways to compute a tail of the same weights."""
     kind, stage, dtype = request.param
     channels, side = KINDS[kind][stage]
-    with_se = kind == "tail"
+    with_se, with_pool = kind == "tail", kind == "BN+ReLU+pool"
     torch.manual_seed(0)
     torch.compiler.reset()
-    eager = Modules(channels, with_se).to(DEVICE)
+    eager = Modules(channels, with_se, with_pool).to(DEVICE)
     if eager.se is not None:
         eager.se.to(DTYPES[dtype])
     fused: dict[str, nn.Module] = {}
     for backend in fused_backends():
-        fused[backend] = Fused(channels, with_se).to(DEVICE)
+        fused[backend] = Fused(channels, with_se, with_pool).to(DEVICE)
         fused[backend].backend = backend
         if eager.se is not None:
             fused[backend].se.to(DTYPES[dtype])
@@ -114,14 +121,14 @@ def case(request: pytest.FixtureRequest) -> Case:
     if not fused:
         pytest.skip(f"no fused backend serves {DEVICE} here: {available_backends()}")
 
-    def activation() -> Tensor:
+    def activation(side: int = side) -> Tensor:
         values = torch.randn(BATCH, channels, side, side, device=DEVICE, dtype=DTYPES[dtype])
         return values.to(memory_format=torch.channels_last)
 
     def leaf() -> Tensor:
         return activation().requires_grad_()
 
-    inputs = [Inputs(leaf(), leaf() if with_se else None, activation(), activation())]
+    inputs = [Inputs(leaf(), leaf() if with_se else None, activation(side // 2 if with_pool else side), activation())]
     for _ in range(copies(inputs[0].y.nbytes) - 1):
         inputs.append(Inputs(leaf(), leaf() if with_se else None, *inputs[0][2:]))
     label = {"kind": kind, "stage": stage, "shape": f"({BATCH}, {channels}, {side}, {side})", "dtype": dtype}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import tail_traffic
+from benchmarks import pool_traffic, tail_traffic
 from benchmarks.counting import Access, CountedOperators, inductor_accesses
 from engine.models import create_model
 from kernels import fuse_tails
@@ -33,13 +33,17 @@ class _CountedTails(CountedOperators):
 
     def __init__(self) -> None:
         super().__init__()
-        self.units = tail_units()
+        self.units, self.pool_units = tail_units(), pool_units()
 
     def accesses_of(self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> list[Access]:
         if func.namespace != "kernels":
             return super().accesses_of(func, args, tensors)
         if func is torch.ops.kernels.tail_fwd.default:
             y, kind, direction = args[0], tail_traffic.Kind(args[4] is not None, args[1] is not None, args[16]), 0
+        elif func is torch.ops.kernels.pool_fwd.default:
+            return [Access(str(func), round(self.pool_units[0] * args[0].nbytes))]
+        elif func is torch.ops.kernels.pool_bwd.default:
+            return [Access(str(func), round(self.pool_units[1] * args[1].nbytes))]
         else:
             assert func is torch.ops.kernels.tail_bwd.default, func
             y, kind, direction = args[1], tail_traffic.Kind(args[3] is not None, args[12], args[7].numel() > 0), 1
@@ -52,6 +56,13 @@ def tail_units() -> dict[tail_traffic.Kind, tuple[float, float]]:
     like = torch.zeros(1, 64, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     counted = {kind: tail_traffic.triton_traffic(kind, like) for kind in tail_traffic.KINDS}
     return {kind: (forward.activation, backward.activation) for kind, (forward, backward) in counted.items()}
+
+
+@functools.cache
+def pool_units() -> tuple[float, float]:
+    """The same of the stem's BatchNorm, ReLU and pool."""
+    forward, backward = pool_traffic.triton_traffic(pool_traffic.activation(torch.bfloat16))
+    return forward.activation, backward.activation
 
 
 def make_network(name: str = MODEL, *, fused: bool = False) -> nn.Module:

@@ -100,9 +100,9 @@ MEMORY = """
 
 The same step: the tensors that autograd keeps from the forward pass, each storage once, parameters left out.
 A convolution keeps its input in both. By count a tail keeps 1.56 units where eager keeps 2.5: its input, the bits, and
-the inputs of the two inner BatchNorms, a quarter each, but not what SE scales. What both keep alike, the stem (its
-BatchNorm's input, the pool's input and indices) and the inputs of the downsample branches' BatchNorms, brings the
-network's ratio above that of a tail.
+the inputs of the two inner BatchNorms, a quarter each, but not what SE scales. What both keep alike, the inputs of the
+downsample branches' BatchNorms, brings the blocks' ratio above that of a tail. The stem keeps its BatchNorm's input and
+a byte for every output of the pool, where eager also keeps the pool's input, and eight bytes for every output.
 
 {table}
 """

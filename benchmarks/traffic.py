@@ -1,7 +1,7 @@
 """Bytes that an SE block, a residual tail and a whole network move, counted and not timed, in eager PyTorch, by
 torch.compile and by this project's Triton kernels.
 
-    python -m benchmarks.traffic [--part block tail network memory] [--stage 1 2 3 4] [--dtype bfloat16 float32]
+    python -m benchmarks.traffic [--part block tail stem network memory] [--stage 1 2 3 4] [--dtype bfloat16 float32]
                                  [--output FILE.md]
 
 In units of one activation tensor, which is what a read or a write of the whole activation costs (design section 5); the
@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks import network_traffic, saved_memory, tail_traffic
+from benchmarks import network_traffic, pool_traffic, saved_memory, tail_traffic
 from benchmarks.counting import CountedOperators, Traffic, by_address, by_size, counted_accesses, inductor_accesses
 from kernels import FusedSEBlock, SEBlock, se_triton
 
@@ -91,6 +91,13 @@ TAIL_COUNTERS: dict[str, Callable[[tail_traffic.Kind, Tensor], tuple[Traffic, Tr
 }
 
 
+STEM_COUNTERS: dict[str, Callable[[Tensor], tuple[Traffic, Traffic]]] = {
+    "eager": pool_traffic.eager_traffic,
+    "torch.compile": pool_traffic.compiled_traffic,
+    "Triton kernels": pool_traffic.triton_traffic,
+}
+
+
 def block_table(stages: Sequence[int], dtypes: Sequence[str]) -> str:
     return BLOCK.format(table=_table("stage", stages, dtypes, [("", COUNTERS)]))
 
@@ -101,6 +108,15 @@ def tail_table(dtypes: Sequence[str]) -> str:
         for kind in tail_traffic.KINDS
     ]
     return TAIL.format(table=_table("tail, stage", [TAIL_STAGE], dtypes, kinds))
+
+
+def stem_table(dtypes: Sequence[str]) -> str:
+    lines = [f"| dtype | {' | '.join(f'{way} fwd / bwd' for way in STEM_COUNTERS)} |", "|---" * 4 + "|"]
+    for name in dtypes:
+        counts = [counter(pool_traffic.activation(DTYPES[name])) for counter in STEM_COUNTERS.values()]
+        units = [f"{forward.activation:.2f} / {backward.activation:.2f}" for forward, backward in counts]
+        lines.append(f"| {name} | {' | '.join(units)} |")
+    return STEM.format(table="\n".join(lines))
 
 
 def _table(title: str, stages: Sequence[int], dtypes: Sequence[str], counted: Sequence[tuple[str, dict]]) -> str:
@@ -145,11 +161,20 @@ second reads, one forward and two backward, come on top. The ReLU's bits are a s
 
 {table}
 """
+STEM = """
+## The stem: BatchNorm, ReLU, max pool
+
+In units of y, 64 channels, channels-last, in training. What a window has in common with the one on its left the Triton
+kernels read twice, the second time from L1, and both are counted: half a unit of y forward; backward a quarter of dout
+and of the codes, a byte for every output.
+
+{table}
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic")
-    parts = ("block", "tail", "network", "memory")
+    parts = ("block", "tail", "stem", "network", "memory")
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
     parser.add_argument("--stage", type=int, nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -160,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text += block_table(args.stage, args.dtype)
     if "tail" in args.part:
         text += tail_table(args.dtype)
+    if "stem" in args.part:
+        text += stem_table(args.dtype)
     if "network" in args.part:
         text += network_traffic.report()
     if "memory" in args.part:

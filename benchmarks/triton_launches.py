@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import se_triton, tail_triton, triton_tiles
+from kernels import norm_pool_triton, se_triton, tail_triton, triton_tiles
 from kernels.reference import ACTIVATIONS, GATES
 from kernels.residual_tail import SE, TAIL_ACTIVATIONS, FixedNorm, How, Saved
 
@@ -38,8 +38,11 @@ TILES = {
     "_apply_kernel": "p_out",
     "_sums_kernel": "p_y",
     "_apply_bwd_kernel": "p_y",
+    "_norm_pool_kernel": "p_y",
+    "_norm_pool_sums_kernel": "p_y",
+    "_norm_pool_bwd_kernel": "p_y",
 }
-STORING = ("_scale_kernel", "_apply_kernel", "_apply_bwd_kernel")
+STORING = ("_scale_kernel", "_apply_kernel", "_apply_bwd_kernel", "_norm_pool_kernel", "_norm_pool_bwd_kernel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,8 @@ class Launch:
             name = "scale out = in*gate" + (" + q" if self.constants["WITH_Q"] else "")
         if self.kernel.__module__ in TAIL_MODULES or self.constants.get("NORMED"):
             name = f"tail {name}"
+        if "norm_pool" in name:
+            name = name.replace("norm_pool", "BN+ReLU+pool").replace("_", " ")
         order = next((self.constants[key] for key in ("X_ORDER", "O_ORDER", "ORDER") if key in self.constants), None)
         return f"{name}, {order}" if order else name
 
@@ -118,7 +123,7 @@ FLOAT32_ALWAYS = {
         "p_t",
     ),
     *("p_shift", "p_m2", "p_stats", "p_stats2", "p_u", "p_u2", "p_coefficients", "p_coefficients2", "p_deviation"),
-    *("p_weight", "p_bias", "p_dweight", "p_dbias", "p_mask"),
+    *("p_weight", "p_bias", "p_dweight", "p_dbias", "p_mask", "p_code"),
 }
 TAIL_MODULES = ("kernels.tail_triton_small", "kernels.tail_triton_sweeps")
 
@@ -147,8 +152,11 @@ def _launches() -> dict[tuple[Any, ...], Launch]:
     for dtype in triton_tiles.DTYPES:
         with _noted(launches):
             _launch_widest_tails(dtype)
+            _launch_pool(64, dtype, training=True)
         with _noted(launches, everywhere=False):
             _launch_tails(dtype)
+            for missing, training in itertools.product((0, 4, 1), (False, True)):
+                _launch_pool(64 - missing, dtype, training=training)
     for launch in launches.values():
         for p in launch.kernel.params:
             assert p.is_constexpr or p.do_not_specialize, f"{launch.kernel.__name__} is specialised on {p.name}"
@@ -224,6 +232,15 @@ def _launch_tail(
     how = How(added is not None, training, training and second is not None, "", "", act, "relu", gate)
     wanted = [True, added is not None, True, True, *[se] * 4, *[second is not None] * 2]
     tail_triton.tail_bwd(dout, saved, how, wanted)
+
+
+def _launch_pool(C: int, dtype: torch.dtype, *, training: bool) -> None:
+    """The stem's BatchNorm, ReLU and pool, forward and backward, every gradient."""
+    y = torch.empty(1, C, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
+    given = (None, None) if training else (torch.empty(C), torch.empty(C))
+    norm = FixedNorm(torch.empty(C), torch.empty(C), *given, 1e-5, "")
+    out, code, stats = norm_pool_triton.pool_fwd(y, norm)
+    norm_pool_triton.pool_bwd(out, y, code, stats, training, "", [True] * 3)
 
 
 @contextlib.contextmanager

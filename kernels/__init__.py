@@ -2,6 +2,7 @@
 
 from kernels.backends import BackendUnavailable, available_backends
 from kernels.modules import FusedSE, FusedSEBlock, fuse_se, se_modules, unfuse_se
+from kernels.norm_pool import norm_relu_pool
 from kernels.reference import SEBlock
 from kernels.residual_tail import SE, Norm, residual_tail
 from kernels.squeeze_excite import squeeze_excite
@@ -19,6 +20,7 @@ __all__ = [
     "available_backends",
     "fuse_se",
     "fuse_tails",
+    "norm_relu_pool",
     "residual_tail",
     "se_modules",
     "squeeze_excite",

@@ -16,7 +16,11 @@ BACKENDS = ("eager", "cpu", "triton", "cuda")
 # "cuda" moves fewer bytes, and its figures from benchmarks/gpu_suite.sh are what should decide.
 NATIVE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # A tail's statistics are taken over the batch, which no chip holds between the two passes: nothing for "cuda" to gain
-OPERATORS = {"squeeze_excite": BACKENDS, "residual_tail": ("eager", "cpu", "triton")}
+OPERATORS = {
+    "squeeze_excite": BACKENDS,
+    "residual_tail": ("eager", "cpu", "triton"),
+    "norm_relu_pool": ("eager", "cpu", "triton"),
+}
 
 
 class BackendUnavailable(RuntimeError):

@@ -8,13 +8,13 @@ A block is told by structure and behaviour, whatever library it is from:
                gives the output, gradients and running statistics of its fused form, in training and in evaluation
 
 A pair is told by its parent, which has to be known to run the one right after the other: an nn.Sequential, or the
-ResNet of torchvision or timm, whose own BatchNorm and activation stand in front of the blocks.
+ResNet of torchvision or timm, whose own BatchNorm and activation stand in front of the blocks. The same parents are
+known to run a pool after that.
 """
 
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class PairFinding(NamedTuple):
     parent: nn.Module
     norm: str
     act: str
+    pool: str | None  # the max pool of a stem after a ReLU, where there is one and nothing is attached to it
     reason: str
 
 
@@ -79,7 +80,7 @@ def find_pairs(model: nn.Module) -> list[PairFinding]:
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     findings = []
     for parent_name, parent in _unfused_modules(model):
-        for norm_name, act_name in _neighbours(parent):
+        for norm_name, act_name, next_name in _neighbours(parent):
             norm, act = parent._modules[norm_name], parent._modules[act_name]
             # _BatchNorm's own 1d and 3d take no (N, C, H, W), and of what follows only an activation is meant
             if not isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or not _is_activation(act):
@@ -93,7 +94,9 @@ def find_pairs(model: nn.Module) -> list[PairFinding]:
             if reason is None and places[id(norm)] > 1:
                 reason = "it stands at several places"
             name = f"{parent_name}.{norm_name}" if parent_name else norm_name
-            findings.append(PairFinding(name, parent, norm_name, act_name, reason or "ok"))
+            following = parent._modules.get(next_name or "")
+            pool = next_name if type(act) is nn.ReLU and _is_stem_pool(following) else None
+            findings.append(PairFinding(name, parent, norm_name, act_name, pool, reason or "ok"))
     return findings
 
 
@@ -108,16 +111,28 @@ def _replaces(module: nn.Module) -> bool:
     return isinstance(module, Fused) and not isinstance(module, FusedSE)
 
 
-def _neighbours(parent: nn.Module) -> list[tuple[str, str]]:
-    """The names of children of which ``parent`` runs the second on what the first returned, and nothing else does."""
+def _neighbours(parent: nn.Module) -> list[tuple[str, str, str | None]]:
+    """The names of children each of which ``parent`` runs on what the one before it returned, and nothing else does.
+
+    The third is None where no third one is known to be run so.
+    """
     if isinstance(parent, nn.Sequential) and _inherits(parent, nn.Sequential, ("forward",)):
         names = [name for name, child in parent._modules.items() if child is not None]
-        return list(itertools.pairwise(names))
+        return list(zip(names, names[1:], [*names[2:], None], strict=False))
     for base in type(parent).__mro__:
         act, methods = _RESNETS.get(f"{base.__module__}.{base.__qualname__}", ("", ()))
         if act and _inherits(parent, base, methods) and {"bn1", act} <= parent._modules.keys():
-            return [("bn1", act)]
+            return [("bn1", act, "maxpool")]
     return []
+
+
+def _is_stem_pool(module: nn.Module | None) -> bool:
+    """Whether it is the pool that `norm_relu_pool` has."""
+    if type(module) is not nn.MaxPool2d or attachment(module) is not None:
+        return False
+    numbers = (module.kernel_size, module.stride, module.padding, module.dilation)
+    square = [n if isinstance(n, int) else n[0] if len(set(n)) == 1 else None for n in numbers]
+    return square == [3, 2, 1, 1] and not module.return_indices and not module.ceil_mode
 
 
 def _inherits(module: nn.Module, base: type, methods: tuple[str, ...]) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
+from typing import Any
 
 from torch import nn
 
 from kernels.block_recognition import ACTIVATIONS, BlockFinding, PairFinding, find_blocks, find_pairs
 from kernels.swapping import check_backend, report, swap
-from kernels.tails import FusedBlock, FusedNormAct, FusedTail
+from kernels.tails import FusedBlock, FusedNormAct, FusedNormActPool, FusedTail
+
+_LOOKS_BETWEEN = "forward_intermediates"  # of timm's ResNet
 
 
 def fuse_tails(model: nn.Module, *, backend: str = "auto") -> int:
@@ -21,7 +26,8 @@ def fuse_tails(model: nn.Module, *, backend: str = "auto") -> int:
       behaviour, from any library. It becomes a `FusedBlock` with the block's own children.
     - outside of them, a BatchNorm with a ReLU or SiLU after it, in an nn.Sequential or as the ``bn1`` of torchvision's
       or timm's ResNet. The BatchNorm's place takes a `FusedNormAct`, the activation's an nn.Identity: a model that is
-      cut between the two afterwards has the activation in its first part.
+      cut between the two afterwards has the activation in its first part. Where the pool of a ResNet's stem,
+      nn.MaxPool2d(3, 2, 1), follows a ReLU, it is taken in as well, and leaves an nn.Identity too.
 
     The Parameter objects, the names of parameters and buffers, the state-dict keys and an optimizer made before stay
     what they were. Each BatchNorm goes by its own mode, training or evaluation. A hook on a block goes on firing. SE
@@ -49,9 +55,7 @@ def fuse_tails(model: nn.Module, *, backend: str = "auto") -> int:
         )
     fused_pairs = [pair for pair in pairs if pair.reason == "ok"]
     for pair in fused_pairs:
-        norm, act = (pair.parent.get_submodule(name) for name in (pair.norm, pair.act))
-        setattr(pair.parent, pair.norm, FusedNormAct(norm, act, ACTIVATIONS[type(act)], backend))
-        setattr(pair.parent, pair.act, nn.Identity().train(act.training))
+        _swap_pair(pair, backend)
     swap(model, swaps)
     findings: list[BlockFinding | PairFinding] = [*blocks, *pairs]
     left = [finding for finding in findings if finding.reason != "ok"]
@@ -62,6 +66,33 @@ def fuse_tails(model: nn.Module, *, backend: str = "auto") -> int:
     return len(swaps) + len(fused_pairs)
 
 
+def _swap_pair(pair: PairFinding, backend: str) -> None:
+    children = pair.parent._modules
+    norm, act, pool = children[pair.norm], children[pair.act], children[pair.pool] if pair.pool else None
+    assert norm is not None and act is not None
+    if pool is None:
+        fused = FusedNormAct(norm, act, ACTIVATIONS[type(act)], backend)
+    else:
+        fused = FusedNormActPool(norm, act, pool, backend)
+    setattr(pair.parent, pair.norm, fused)
+    for name, module in ((pair.act, act), (pair.pool, pool)):
+        if name and module is not None:
+            setattr(pair.parent, name, nn.Identity().train(module.training))
+    if pair.pool and hasattr(pair.parent, _LOOKS_BETWEEN):
+        setattr(pair.parent, _LOOKS_BETWEEN, functools.partial(_look_between, pair.parent, pair.norm, pair.pool))
+
+
+def _look_between(parent: nn.Module, norm: str, pool: str, *args: Any, **kwargs: Any) -> Any:
+    """timm's ``forward_intermediates``, which may return what stands between the activation and the pool."""
+    fused, identity = parent._modules[norm], parent._modules[pool]
+    apart = (fused.without_pool(), fused.pool) if isinstance(fused, FusedNormActPool) else (fused, identity)
+    parent._modules[norm], parent._modules[pool] = apart
+    try:
+        return getattr(type(parent), _LOOKS_BETWEEN)(parent, *args, **kwargs)
+    finally:
+        parent._modules[norm], parent._modules[pool] = fused, identity
+
+
 def unfuse_tails(model: nn.Module) -> int:
     """Puts back the eager modules that `fuse_tails` swapped, in place, with the parameters as they are now.
 
@@ -69,19 +100,21 @@ def unfuse_tails(model: nn.Module) -> int:
 
     Raises:
         ValueError: ``model`` is itself a fused block, whose `FusedBlock.unfused` gives the eager one; or the
-            nn.Identity that an activation left behind is gone.
+            nn.Identity that an activation or a pool left behind is gone.
     """
     if isinstance(model, FusedBlock):
         raise ValueError("model is itself a fused block and cannot be swapped in place: take model.unfused()")
     pairs = [
-        (parent, name, child, _identity_after(parent, name))
+        (parent, name, child, _identities_after(parent, name, child))
         for parent in model.modules()
         for name, child in parent._modules.items()
         if isinstance(child, FusedNormAct)
     ]
-    for parent, name, pair, act_name in pairs:
+    for parent, name, pair, places in pairs:
         setattr(parent, name, pair.norm)
-        setattr(parent, act_name, pair.act.train(pair.training))
+        for place, module in places.items():
+            setattr(parent, place, module.train(pair.training))
+        vars(parent).pop(_LOOKS_BETWEEN, None)
     swaps: dict[nn.Module, nn.Module] = {
         module: module.unfused() for module in model.modules() if isinstance(module, FusedBlock)
     }
@@ -89,15 +122,18 @@ def unfuse_tails(model: nn.Module) -> int:
     return len(swaps) + len(pairs)
 
 
-def _identity_after(parent: nn.Module, name: str) -> str:
+def _identities_after(parent: nn.Module, name: str, pair: FusedNormAct) -> dict[str, nn.Module]:
+    """The places behind a fused BatchNorm, and the eager modules that are to stand there again."""
+    taken = {"activation": pair.act} | ({"pool": pair.pool} if isinstance(pair, FusedNormActPool) else {})
     names = [other for other, child in parent._modules.items() if child is not None]
     following = names[names.index(name) + 1 :]
-    if not following or type(parent._modules[following[0]]) is not nn.Identity:
-        raise ValueError(
-            f"{name} is a fused BatchNorm and activation, and the nn.Identity after it, at the activation's place, "
-            "is gone: put one there and call again"
-        )
-    return following[0]
+    for place, what in itertools.zip_longest(following[: len(taken)], taken):
+        if place is None or type(parent._modules[place]) is not nn.Identity:
+            raise ValueError(
+                f"{name} is a fused BatchNorm and {' and '.join(taken)}, and the nn.Identity after it, at the {what}'s "
+                "place, is gone: put one there and call again"
+            )
+    return dict(zip(following, taken.values(), strict=False))
 
 
 def tail_modules(model: nn.Module) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from kernels.modules import layer, se_plan
+from kernels.norm_pool import norm_relu_pool, serves
 from kernels.recognition import Plan, attachment
 from kernels.residual_tail import SE, TAIL_ACTIVATIONS, Norm, residual_tail
 from kernels.swapping import Fused, check_backend
@@ -268,6 +269,36 @@ class FusedNormAct(Fused):
 
     def extra_repr(self) -> str:
         return f"{self.norm.extra_repr()}, act={self._act_name}, backend={self.backend}"
+
+
+class FusedNormActPool(FusedNormAct):
+    """A `FusedNormAct` of a ReLU that also does the work of the nn.MaxPool2d after it, by `norm_relu_pool`.
+
+    Shape: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)). An input that the operator has no kernels for, such as one
+    that is not channels-last, goes through the two that it is made of one after the other. Raises what they raise.
+    """
+
+    def __init__(self, norm: nn.Module, act: nn.Module, pool: nn.Module, backend: str) -> None:
+        super().__init__(norm, act, "relu", backend)
+        self._pool = (pool,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if serves(x):
+            return norm_relu_pool(x, _operand(self.norm), backend=self.backend)
+        out: Tensor = self.pool(super().forward(x))
+        return out
+
+    def without_pool(self) -> FusedNormAct:
+        """One of the same modules that leaves the pool to others."""
+        return FusedNormAct(self.norm, self.act, self._act_name, self.backend)
+
+    @property
+    def pool(self) -> nn.Module:
+        """The eager pool."""
+        return self._pool[0]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, and a pool"
 
 
 def norm_obstacle(norm: nn.Module) -> str | None:

@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import available_backends, se_cpu, se_cuda, se_triton, tail_cpu, tail_triton
+from kernels import (
+    available_backends,
+    norm_pool_cpu,
+    norm_pool_triton,
+    se_cpu,
+    se_cuda,
+    se_triton,
+    tail_cpu,
+    tail_triton,
+)
 
 MODULES = {"cpu": se_cpu, "triton": se_triton, "cuda": se_cuda}
 TAIL_MODULES = {"cpu": tail_cpu, "triton": tail_triton}
+POOL_MODULES = {"cpu": norm_pool_cpu, "triton": norm_pool_triton}
 # Triton's kernels run on the GPU where there is one, else in the interpreter on the CPU
 DEVICES = {"cpu": "cpu", "triton": "cpu" if se_triton.INTERPRETED else "cuda", "cuda": "cuda"}
 
@@ -37,8 +47,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def spy(call, entry: str):
         return lambda *args: seen.append(entry) or call(*args)
 
-    for modules, stems in ((MODULES, ("se_fwd", "se_bwd")), (TAIL_MODULES, ("tail_fwd", "tail_bwd"))):
+    for modules, stem in ((MODULES, "se"), (TAIL_MODULES, "tail"), (POOL_MODULES, "pool")):
         for backend, module in modules.items():
-            for stem in stems:
-                monkeypatch.setattr(module, stem, spy(getattr(module, stem), f"{stem}:{backend}"))
+            for name in (f"{stem}_fwd", f"{stem}_bwd"):
+                monkeypatch.setattr(module, name, spy(getattr(module, name), f"{name}:{backend}"))
     return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -54,6 +55,12 @@ CASES = {
 }
 
 
+def operators(tails: int, *, with_pool: bool = True) -> Counter[str]:
+    """What runs in a step: in a ResNet the stem's tail has its pool in it."""
+    names = ["tail"] * (tails - with_pool) + ["pool"] * with_pool
+    return Counter(f"{name}_{direction}:cpu" for name in names for direction in ("fwd", "bwd"))
+
+
 def tensors(model: nn.Module) -> Iterator[tuple[str, int]]:
     yield from ((name, id(p)) for name, p in model.named_parameters())
     yield from ((name, id(b)) for name, b in model.named_buffers())
@@ -75,7 +82,7 @@ def test_logits_gradients_and_running_statistics(case, monkeypatch):
     ran = watch(monkeypatch)
     x = images(2, 3, 64, 64)
     assert_alike(logits_gradients_and_buffers(model, x), logits_gradients_and_buffers(twin, x))
-    assert ran == ["tail_fwd:cpu"] * case.tails + ["tail_bwd:cpu"] * case.tails
+    assert Counter(ran) == operators(case.tails)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-9, atol=1e-12)
 
@@ -273,7 +280,7 @@ def test_autocast_leaves_no_tail_to_the_eager_modules(case, dtype, monkeypatch):
         assert fuse_tails(model, backend="cpu") == case.places
         ran = watch(monkeypatch)
         actual = logits_gradients_and_buffers(model, x)
-    assert ran == ["tail_fwd:cpu"] * case.tails + ["tail_bwd:cpu"] * case.tails
+    assert Counter(ran) == operators(case.tails, with_pool=hasattr(model, "maxpool"))
     for kind in (".grad", "running", "logits"):
         of_kind = [{name: t for name, t in got.items() if kind in name} for got in (actual, eager, exact)]
         assert_network_as_accurate_as_eager(*of_kind)

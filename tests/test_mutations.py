@@ -16,10 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import se_triton, tail_triton, tail_triton_small, tail_triton_sweeps, triton_products, triton_tiles
+from kernels import (
+    norm_pool_triton,
+    norm_pool_triton_sweeps,
+    se_triton,
+    tail_triton,
+    tail_triton_small,
+    tail_triton_sweeps,
+    triton_products,
+    triton_tiles,
+)
 from kernels.reference import ACTIVATIONS, GATES
 from kernels.residual_tail import FixedNorm
 from tests.mutation import Launch, kernels_of, mutants, recorded, survivors, uses
+from tests.stem_cases import check_parity as check_stem_parity
+from tests.stem_cases import make_stem, results_of
 from tests.tail_cases import check_parity, make_tail
 
 pytestmark = [
@@ -44,7 +55,18 @@ TAIL_BLOCKS: Blocks = {
         "CHANNELS": 4,
     },
 }
-MODULES = (triton_tiles, triton_products, se_triton, tail_triton_small, tail_triton_sweeps)
+STEM_BLOCKS: Blocks = {
+    tail_triton: TAIL_BLOCKS[tail_triton],
+    norm_pool_triton: {"SIDE": 4, "COLUMNS": 2, "ROWS": 2, "SUMMED": 2},
+}
+MODULES = (
+    triton_tiles,
+    triton_products,
+    se_triton,
+    tail_triton_small,
+    tail_triton_sweeps,
+    norm_pool_triton_sweeps,
+)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels": lambda t: t.contiguous(memory_format=torch.channels_last),
     "pixels": torch.Tensor.contiguous,
@@ -133,6 +155,22 @@ def run_extremes() -> None:
     tail_triton.tail_fwd(y, FixedNorm(None, None, None, None, 0.1, ""), None, None, None, "relu")
 
 
+def run_stem(shape: tuple[int, ...], *, nan: bool = False, **options: Any) -> None:
+    stem = make_stem(shape, backend="triton", **options)
+    if nan:
+        stem.y[0, 0, 1, 1] = stem.y[0, 0, 2, 2] = float("nan")
+        results_of(stem, "triton")
+    else:
+        check_stem_parity(stem, "triton")
+
+
+STEM_CASES: list[dict[str, Any]] = [
+    {"shape": (2, 5, 5, 5), "shift": -5.0},  # what is read outside must not be a maximum
+    {"shape": (1, 5, 4, 5), "dtype": torch.bfloat16, "training": False},
+    {"shape": (1, 3, 3, 4), "training": False, "nan": True},
+]
+
+
 @pytest.fixture(scope="module")
 def launches() -> list[Launch]:
     noted: list[Launch] = []
@@ -143,6 +181,9 @@ def launches() -> list[Launch]:
         for options in TAIL_CASES:
             run_tail(**options)
         run_extremes()
+    with small(STEM_BLOCKS), recorded(noted):
+        for options in STEM_CASES:
+            run_stem(**options)
     return noted
 
 

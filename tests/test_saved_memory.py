@@ -43,7 +43,7 @@ def test_fused_tails_keep_at_most_two_thirds_of_what_convolutions_do_not():
 
 
 def test_a_whole_network_keeps_the_same_for_its_convolutions_and_less_besides():
-    """Of 224 px; the stem's pool and the downsample branches' BatchNorms keep what they kept."""
+    """Of 224 px; the downsample branches' BatchNorms keep what they kept."""
     eager, fused = (per_image(make_network(fused=fused)) for fused in (False, True))
     assert fused.convolutions == pytest.approx(eager.convolutions, rel=0.01)
-    assert fused.others <= 0.73 * eager.others
+    assert fused.others <= 0.65 * eager.others

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tail_traffic, traffic
+from benchmarks import pool_traffic, tail_traffic, traffic
 from kernels import se_triton
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,16 @@ def test_a_tail_moves_what_two_sweeps_each_way_need(kind, layout):
     if not kind.residual_norm:
         assert forward.activation <= 4.1
         assert backward.activation <= 6.2
+
+
+@interpreted
+def test_a_stem_moves_its_input_twice_and_a_half_forward():
+    """Behind the statistics it reads each pixel once, and the last column of a window once more, for the next one."""
+    forward, backward = pool_traffic.triton_traffic(pool_traffic.activation(torch.bfloat16, side=16))
+    assert forward.activation == 1 + 1 + 1 / 2 + 1 / 4 + 1 / 8
+    shared = 7 / 8  # of eight columns of windows, all but the first are read for the one before
+    sums, grads = 1 / 4 + 1 / 8, 2 + (1 + shared) * (1 / 4 + 1 / 8)
+    assert sums + grads < backward.activation <= sums + grads + 1 / 4  # and y where a code points
 
 
 def test_an_eager_tail_moves_what_the_design_says():
