@@ -84,6 +84,7 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
         dtype=precision.input_dtype,
         training=False,
         crop_pct=config.crop_pct,
+        max_bad_fraction=config.max_bad_fraction,
         workers=config.workers,
     )
 

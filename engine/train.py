@@ -241,6 +241,7 @@ def _build(
         ),
         augmentation=_augmentation(config),
         seed=config.seed,
+        max_bad_fraction=config.max_bad_fraction,
         workers=config.workers,
     )
     optimizer = make_optimizer(model, config)

@@ -24,10 +24,10 @@ import torch
 
 from engine.data import dali_steps
 from engine.data.dali_decoder import Decoder, decode, device_id, import_dali
-from engine.data.feed import ImageFeed, cannot_decode
+from engine.data.failure import Failure
+from engine.data.feed import ImageFeed
 from engine.data.loader import Batch, Loader, Planned
 from engine.data.probe import pillow_failure
-from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.data.dali_decoder import Pipeline
@@ -43,40 +43,61 @@ class DaliLoader(Loader):
         import_dali()
         self._images = ImageFeed(self.data, self.workers)
         self._feed = _Feed()
-        self._unreadable: dict[int, UserError] = {}
+        self._unreadable: dict[int, list[Failure]] = {}
         self._pipeline: Pipeline | None = None
         self._run = 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = self.order(epoch)
+        self._run += 1
+        return self._batches(self._begin(epoch, order, start), epoch, order, start, self._run)
+
+    def _begin(self, epoch: int, order: np.ndarray, start: int) -> Pipeline:
         pipeline = self._idle_pipeline()
         self._unreadable = {}
         self._feed.batches = self._batch_inputs(epoch, order, start)
-        self._run += 1
         pipeline.schedule_run()
-        return self._batches(pipeline, order, start, self._run)
+        return pipeline
 
-    def _batches(self, pipeline: Pipeline, order: np.ndarray, start: int, run: int) -> Iterator[Batch]:
+    def _batches(self, pipeline: Pipeline, epoch: int, order: np.ndarray, start: int, run: int) -> Iterator[Batch]:
         for batch in range(start, len(self)):
             if run != self._run:
                 raise RuntimeError("this epoch ended when another one was begun on the same loader")
-            if batch in self._unreadable:
-                self._pipeline = None
-                raise self._unreadable[batch]
-            try:
-                images, labels = pipeline.outputs(cuda_stream=self._stream())
-                pipeline.schedule_run()
-            except RuntimeError as error:
-                self._pipeline = None  # a DALI pipeline does not survive an error
-                self._blame_a_file(order, batch, error)
+            outputs: tuple[Any, Any] | None = None
+            while outputs is None and len(self.indices(order, batch)):
+                found = self._outputs(pipeline, order, batch)
+                if isinstance(found, tuple):
+                    outputs = found
+                else:
+                    self._pipeline = None  # a DALI pipeline does not survive an error
+                    self.lose(found)
+                    pipeline = self._begin(epoch, order, batch)
+            if outputs is not None:
+                images, labels = outputs
+                yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
+
+    def _outputs(self, pipeline: Pipeline, order: np.ndarray, batch: int) -> tuple[Any, Any] | list[Failure]:
+        """Images and labels of a batch, or the images in it that cannot be decoded."""
+        if batch in self._unreadable:
+            return self._unreadable[batch]
+        try:
+            images, labels = pipeline.outputs(cuda_stream=self._stream())
+            pipeline.schedule_run()
+        except RuntimeError:
+            self._pipeline = None
+            failures = self._failures(order, batch)
+            if not failures:
                 raise
-            yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
+            return failures
+        return images, labels
 
     def _batch_inputs(self, epoch: int, order: np.ndarray, start: int) -> Iterator[tuple[Any, ...]]:
         """What DALI asks for, batch by batch; images that it does not decode are begun ``PREFETCH`` batches ahead."""
         ahead = deque[tuple[int, Planned, Any]]()
         for batch in range(start, len(self)):
             planned = self.planned(order, epoch, batch)
+            if len(planned.indices) == 0:
+                continue
             ahead.append((batch, planned, self._images.begin(planned.indices)))
             if len(ahead) > PREFETCH:
                 yield self._fed(*ahead.popleft())
@@ -84,9 +105,9 @@ class DaliLoader(Loader):
             yield self._fed(*ahead.popleft())
 
     def _fed(self, batch: int, planned: Planned, begun: Any) -> tuple[Any, ...]:
-        images, error = self._images.finish(planned.indices, begun)
-        if error is not None:
-            self._unreadable[batch] = error
+        images, failures = self._images.finish(planned.indices, begun)
+        if failures:
+            self._unreadable[batch] = failures
         return *images, self.data.labels[planned.indices], *dali_steps.values(planned, self.img_size).values()
 
     def _inputs(self) -> dict[str, tuple[str, int]]:
@@ -112,15 +133,17 @@ class DaliLoader(Loader):
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
-    def _blame_a_file(self, order: np.ndarray, batch: int, error: RuntimeError) -> None:
-        """Raises UserError if a file of the batch that failed cannot be decoded."""
+    def _failures(self, order: np.ndarray, batch: int) -> list[Failure]:
+        """The files of a batch that failed which cannot be decoded."""
         if self.data.pixels is not None:
-            return
+            return []
         decoder = Decoder(self.device)
-        for file in (self.data.files[i] for i in self.planned(order, 0, batch).indices):
-            reason = pillow_failure(file) or decoder.failure(file)
+        found = []
+        for index in np.unique(self.indices(order, batch)):
+            reason = pillow_failure(self.data.files[index]) or decoder.failure(self.data.files[index])
             if reason is not None:
-                raise cannot_decode(file, reason) from error
+                found.append(Failure(int(index), reason))
+        return found
 
     def _build(self) -> Pipeline:
         dali, fn, types = import_dali()

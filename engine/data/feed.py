@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.decode import BadImage, dali_decodes, decode_image, read_header
+from engine.data.failure import Failure
 from engine.data.samples import Samples
 from engine.errors import UserError
 
@@ -40,38 +41,34 @@ class ImageFeed:
 
     def finish(
         self, indices: np.ndarray, begun: Sequence[Future[np.ndarray | None] | None]
-    ) -> tuple[tuple[Any, ...], UserError | None]:
+    ) -> tuple[tuple[Any, ...], list[Failure]]:
         """A batch's inputs: (pixels,) of arrays, or (pixels, paths, whether DALI is to decode it) of files.
 
-        With them the error that names the first file that cannot be decoded, if there is one.
+        With them the images that could not be decoded.
         """
         if self._samples.pixels is not None:
-            return ([np.ascontiguousarray(self._samples.pixels[i]) for i in indices],), None
+            return ([np.ascontiguousarray(self._samples.pixels[i]) for i in indices],), []
         pixels, left_to_dali = [_NO_PIXELS] * len(indices), np.ones(len(indices), dtype=bool)
-        error: UserError | None = None
+        failures: list[Failure] = []
         for place, (i, future) in enumerate(zip(indices, begun, strict=True)):
             if future is None:
                 continue
             try:
                 decoded = future.result()
-            except (BadImage, UserError) as failure:
+            except (BadImage, UserError) as error:
                 left_to_dali[place] = False
-                error = error or cannot_decode(self._samples.files[i], str(failure))
+                failures.append(Failure(int(i), str(error)))
                 continue
             if decoded is None:
                 self._left_to_dali[i] = True
             else:
                 pixels[place], left_to_dali[place] = decoded, False
         paths = [encode_path(self._samples.files[i]) for i in indices]
-        return (pixels, paths, left_to_dali), error
+        return (pixels, paths, left_to_dali), failures
 
 
 def _pixels_unless_dali(file: str) -> np.ndarray | None:
     return None if dali_decodes(read_header(file)) else np.ascontiguousarray(decode_image(file))
-
-
-def cannot_decode(file: str, reason: str) -> UserError:
-    return UserError(f"cannot decode {file} ({reason}): remove or replace it, then start again")
 
 
 def encode_path(file: str) -> np.ndarray:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from engine.data.augment import Augmentation, Drawn, class_rarity
+from engine.data.failure import Failure, cannot_decode
 from engine.data.sampler import WeightedSampler
 from engine.data.samples import Samples
 from engine.data.sizes import image_sizes
@@ -25,7 +28,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Planned(NamedTuple):
     """A batch before any image is read."""
 
-    indices: np.ndarray  # (B,) int64, into the samples
+    indices: np.ndarray  # (B,) int64, into the samples; fewer where evaluation has lost an image
     boxes: np.ndarray | None  # (B, 4) int32, the part of each image that is shown; None: all of each
     drawn: Drawn | None
 
@@ -40,6 +43,9 @@ class Loader(ABC):
     Training draws an epoch from ``sampler``, augments and drops the last batch if it is partial and not the only one.
     Evaluation gives every image once, in order.
 
+    A file that can no longer be decoded is named on stderr and left out from then on: in training the next image of its
+    class takes its place, so that batches keep their numbers and sizes; evaluation does without it.
+
     Args:
         samples: the images, at least one.
         device: a CPU or CUDA device.
@@ -49,10 +55,12 @@ class Loader(ABC):
         augmentation: by default none.
         crop_pct: of evaluation: the central square of this share of the shorter side is shown; None: the whole image,
             stretched to a square.
+        max_bad_fraction: the largest share of the images that may be left out while iterating.
         workers: threads or processes that read and decode.
 
     Raises:
-        UserError: what the pipeline stands on is not installed; while iterating, an image cannot be decoded.
+        UserError: what the pipeline stands on is not installed; while iterating, too many images cannot be decoded, or
+            the last one of a class that training draws.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class Loader(ABC):
         augmentation: Augmentation | None = None,
         crop_pct: float | None = None,
         seed: int = 0,
+        max_bad_fraction: float = 0.01,
         workers: int = 4,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -93,6 +102,8 @@ class Loader(ABC):
         self.workers = workers
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.max_bad_fraction = max_bad_fraction
+        self._lost = np.zeros(len(samples), dtype=bool)
         self._rarity = class_rarity(samples.class_counts())[samples.labels]
         self._sizes = image_sizes(samples, workers=workers) if self.crops else None
 
@@ -121,7 +132,7 @@ class Loader(ABC):
     def planned(self, order: np.ndarray, epoch: int, batch: int) -> Planned:
         """Batch number ``batch`` of the epoch whose ``order`` is given."""
         first = batch * self.batch_size
-        indices = order[first : first + self.batch_size]
+        indices = self.indices(order, batch)
         sizes = None if self._sizes is None else self._sizes[indices]
         if self.augmentation is None:
             boxes = None if sizes is None or self.crop_pct is None else centre_boxes(sizes, self.crop_pct)
@@ -135,3 +146,30 @@ class Loader(ABC):
             rarity=self._rarity[indices],
         )
         return Planned(indices, drawn.boxes, drawn)
+
+    def lose(self, failures: Sequence[Failure]) -> None:
+        """Leaves images out from now on. Raises UserError, naming the file, where that goes too far."""
+        for failure in failures:
+            file, label = self.data.files[failure.index], self.data.labels[failure.index]
+            lost = self._lost.copy()
+            lost[failure.index] = True
+            if lost.sum() > self.max_bad_fraction * len(lost):
+                way_out = f"remove or replace it, or raise --max-bad-fraction (now {self.max_bad_fraction:g})"
+                raise cannot_decode(file, failure.reason, way_out)
+            if self.training and not (self.data.labels[~lost] == label).any():
+                name = self.data.class_names[label]
+                raise cannot_decode(file, failure.reason, f"it is the last image of class {name!r}, replace it")
+            self._lost = lost
+            tqdm.write(f"left out from now on: {file}: {failure.reason}", file=sys.stderr)
+
+    def indices(self, order: np.ndarray, batch: int) -> np.ndarray:
+        """The images of a batch, (B,) int64, without those that were lost."""
+        indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        if not self.training:
+            return indices[~self._lost[indices]]
+        for place in np.flatnonzero(self._lost[indices]):
+            alike = np.flatnonzero((self.data.labels == self.data.labels[indices[place]]) & ~self._lost)
+            following = alike[np.searchsorted(alike, indices[place]) % len(alike)]
+            indices = indices.copy()
+            indices[place] = following
+        return indices

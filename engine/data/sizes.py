@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from engine.data.decode import BadImage, read_size
-from engine.data.feed import cannot_decode
+from engine.data.failure import cannot_decode
 from engine.data.samples import Samples
 
 

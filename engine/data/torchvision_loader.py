@@ -6,9 +6,9 @@ Worker processes decode, crop, resize, augment and normalise, a batch each at a 
 
 from __future__ import annotations
 
+import multiprocessing
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.data.decode import decode_image
+from engine.data.failure import Failure
 from engine.data.loader import Batch, Loader, Planned
 from engine.data.torchvision_steps import prepare
-from engine.errors import UserError
 
 
 class TorchvisionLoader(Loader):
@@ -35,38 +35,41 @@ class TorchvisionLoader(Loader):
             batch_size=None,
             sampler=self._queue,
             num_workers=self.workers,
+            multiprocessing_context=_processes(),
             pin_memory=on_gpu,
             persistent_workers=True,
         )
         self._run = 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._queue.epoch, self._queue.start = epoch, start
         self._run += 1
-        return self._batches(iter(self._loader), self._run)
+        return self._batches(self._begin(epoch, start), epoch, start, self._run)
 
-    def _batches(self, batches: Iterator[Any], run: int) -> Iterator[Batch]:
-        while True:
+    def _begin(self, epoch: int, start: int) -> Iterator[Any]:
+        self._queue.epoch, self._queue.start = epoch, start
+        return iter(self._loader)
+
+    def _batches(self, batches: Iterator[Any], epoch: int, start: int, run: int) -> Iterator[Batch]:
+        for batch in range(start, len(self)):
             if run != self._run:
                 raise RuntimeError("this epoch ended when another one was begun on the same loader")
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if isinstance(batch, _Failure):
-                raise UserError(f"cannot decode {batch.file} ({batch.reason}): remove or replace it, then start again")
-            images, labels = batch
-            yield (
-                images.to(self.device, non_blocking=True).permute(0, 3, 1, 2),
-                labels.to(self.device, non_blocking=True),
-            )
+            while isinstance(found := next(batches), Failure):
+                self.lose([found])
+                batches = self._begin(epoch, batch)
+            images, labels = found
+            if len(labels):
+                yield (
+                    images.to(self.device, non_blocking=True).permute(0, 3, 1, 2),
+                    labels.to(self.device, non_blocking=True),
+                )
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """What a worker hands over in place of a batch: an exception would arrive with the worker's whole traceback."""
-
-    file: str
-    reason: str
+def _processes() -> Any:
+    """How workers are started: by a server that has no threads, since a fork of this process would take along what
+    DALI's threads have locked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class _Queue:
@@ -92,15 +95,15 @@ class _Batches(Dataset[Any]):
         self.data, self.img_size, self.dtype = loader.data, loader.img_size, loader.dtype
         self.mean, self.std = loader.mean, loader.std
 
-    def __getitem__(self, planned: Planned) -> tuple[Tensor, Tensor] | _Failure:
+    def __getitem__(self, planned: Planned) -> tuple[Tensor, Tensor] | Failure:
         images = torch.empty((len(planned.indices), self.img_size, self.img_size, 3), dtype=self.dtype)
         for i, index in enumerate(planned.indices):
-            file = self.data.files[index]
             try:
-                array = decode_image(file) if self.data.pixels is None else self.data.pixels[index]
+                array = decode_image(self.data.files[index]) if self.data.pixels is None else self.data.pixels[index]
                 pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
-                return _Failure(file, str(error) or type(error).__name__)
+                # handed over in place of the batch: as an exception it would arrive with the worker's whole traceback
+                return Failure(int(index), str(error) or type(error).__name__)
             box = None if planned.boxes is None else planned.boxes[i]
             images[i] = prepare(pixels, self.img_size, box, planned.drawn, i, mean=self.mean, std=self.std).permute(
                 1, 2, 0

@@ -1,0 +1,85 @@
+"""A file that goes bad while a loader runs: named, left out, and the epoch goes on from the same batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data import Augmentation, DaliLoader, TorchvisionLoader, WeightedSampler
+from engine.errors import UserError
+from tests.data_helpers import make_loader, make_samples, save_picture
+
+PIPELINES = pytest.mark.parametrize("pipeline", (DaliLoader, TorchvisionLoader))
+BAD = 6  # of class 0
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return make_samples(tmp_path, (9, 4, 3))
+
+
+def loader_of(pipeline, samples, **options):
+    sampler = WeightedSampler(samples.labels, 3, sampling="none", seed=5)
+    defaults = {"training": True, "sampler": sampler, "augmentation": Augmentation(), "max_bad_fraction": 0.2}
+    return make_loader(samples, pipeline=pipeline, **(defaults | options))
+
+
+def spoil(file: str) -> None:
+    Path(file).write_bytes(b"no image")
+
+
+@PIPELINES
+@pytest.mark.parametrize("suffix", (".png", ".tif"))  # decoded by DALI, and for it
+def test_another_image_of_its_class_takes_its_place(pipeline, suffix, tmp_path, capsys):
+    samples = make_samples(tmp_path, (9, 4, 3))
+    if suffix != ".png":
+        files = tuple(save_picture(Path(file).with_suffix(suffix), seed=i) for i, file in enumerate(samples.files))
+        samples = type(samples)(files, samples.labels, samples.class_names)
+    whole = list(loader_of(pipeline, samples).epoch(1))
+    order = loader_of(pipeline, samples).order(1)
+    at = int(np.flatnonzero(order == BAD)[0])
+    spoil(samples.files[BAD])
+    loader = loader_of(pipeline, samples)
+    for epoch in (1, 1):  # and it stays out
+        batches = list(loader.epoch(epoch))
+        assert len(batches) == len(whole)
+        for k, ((images, labels), (expected, expected_labels)) in enumerate(zip(batches, whole, strict=True)):
+            assert torch.equal(labels, expected_labels)
+            same = (images == expected).flatten(1).all(1)
+            assert [i for i in range(4) if not same[i]] == ([at % 4] if at // 4 == k else [])
+        replaced = batches[at // 4][0][at % 4]
+    assert replaced.isfinite().all()
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1
+    assert f"left out from now on: {samples.files[BAD]}: " in told[0]
+
+
+@PIPELINES
+def test_evaluation_gives_all_the_others_once(pipeline, samples):
+    for i in (5, 12, 13, 14, 15):  # one of a batch, and a whole batch
+        spoil(samples.files[i])
+    loader = make_loader(samples, pipeline=pipeline, max_bad_fraction=0.5)
+    expected = np.delete(samples.labels, [5, 12, 13, 14, 15]).tolist()
+    for epoch in range(2):
+        assert torch.cat([labels for _, labels in loader.epoch(epoch)]).tolist() == expected
+
+
+@PIPELINES
+def test_more_than_the_fraction_ends_the_run_in_one_line(pipeline, samples):
+    spoil(samples.files[BAD])
+    loader = loader_of(pipeline, samples, max_bad_fraction=0.01)
+    with pytest.raises(UserError, match=f"cannot decode {samples.files[BAD]} .*--max-bad-fraction") as raised:
+        list(loader.epoch(0))
+    assert "\n" not in str(raised.value)
+
+
+@PIPELINES
+def test_the_last_image_of_a_class_is_not_done_without(pipeline, samples):
+    loader = loader_of(pipeline, samples, max_bad_fraction=1.0)
+    for i in (13, 14, 15):
+        spoil(samples.files[i])
+    with pytest.raises(UserError, match="the last image of class '2', replace it"):
+        list(loader.epoch(0))
