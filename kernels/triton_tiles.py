@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
 def _warps(order: str, vector: int, itemsize: int) -> int:
     """An address for every few elements takes registers: without 16-byte accesses more threads share a tile."""
-    if order == "any":
+    if order == "any" or vector * itemsize == 2:
         return 16
     return 4 if vector * itemsize == 16 else 8
 
