@@ -25,6 +25,9 @@ from engine.data.counter import DRAWS_PER_BLOCK, Purpose, generator
 from engine.data.transforms import TRIES, color_matrices, random_boxes, warp_matrices, widest_boxes
 from engine.errors import UserError
 
+PROBABILITIES = ("rotation", "affine", "jitter", "hflip", "vflip", "sharpness", "blur", "erasing")
+"""The fields of `Augmentation` that are one, each of an operator."""
+
 _BOX = 2 * TRIES + 2
 _DRAWS = {
     **dict.fromkeys(("rotation", "affine", "hflip", "jitter"), 1),
@@ -197,9 +200,6 @@ class Augmentation:
         assert sizes is not None, "a random resized crop depends on the image's size"
         fallback = widest_boxes(sizes, self.crop_ratio)
         return random_boxes(sizes, draws, area=self.crop_scale, ratio=self.crop_ratio, fallback=fallback)
-
-
-PROBABILITIES = ("rotation", "affine", "jitter", "hflip", "vflip", "sharpness", "blur", "erasing")
 
 
 def class_rarity(counts: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from engine.data import probe as pillow
 from engine.data.dali_decoder import Decoder, import_dali
+from engine.data.folder import target_outside
 from engine.data.probe import Probe
 from engine.data.samples import Samples, Splits, shorten
 from engine.data.verdicts import Verdicts, stamp
@@ -90,18 +91,8 @@ def find_links_out(files: Sequence[str], root: Path) -> list[BadFile]:
     Whoever may write into the folder could otherwise have any image of the machine read and shown in a report.
     """
     top = os.path.realpath(root)
-    real_folders: dict[str, str] = {}
-    out: list[BadFile] = []
-    for file in files:
-        folder, name = os.path.split(file)
-        if folder not in real_folders:
-            real_folders[folder] = os.path.realpath(folder)
-        real = f"{real_folders[folder]}{os.sep}{name}"
-        if Path(real).is_symlink():
-            real = os.path.realpath(real)
-        if os.path.commonpath([top, real]) != top:
-            out.append(BadFile(file, f"link to {real}, outside of {root}"))
-    return out
+    targets = ((file, target_outside(file, top)) for file in files)
+    return [BadFile(file, f"link to {target}, outside of {root}") for file, target in targets if target is not None]
 
 
 def _judges() -> str:

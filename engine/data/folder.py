@@ -139,9 +139,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def target_outside(path: str, root: str) -> str | None:
+    """What a path leads to, if that is not inside of the folder ``root`` (a real path); None: it is."""
+    target = os.path.realpath(path)
+    return None if target == root or target.startswith(root.rstrip(os.sep) + os.sep) else target
+
+
 def _require_within(link: str, root: str | None) -> None:
-    target = os.path.realpath(link)
-    if root is not None and target != root and not target.startswith(root.rstrip(os.sep) + os.sep):
+    target = target_outside(link, root) if root is not None else None
+    if target is not None:
         raise UserError(
             f"{link} is a link that leads out of {root}, to {target}: "
             "copy what it leads to, or allow it with --allow-links"

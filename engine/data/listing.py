@@ -18,11 +18,10 @@ from engine.data.folder import read_splits_folder
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, shorten
 from engine.data.splitting import PARTS
-from engine.data.table import is_parquet
+from engine.data.table import REQUIRED, read_rows
 from engine.errors import UserError
 
-COLUMNS = ("filename", "label")
-_NEVER_KEPT = (*COLUMNS, "split")  # a manifest that is split again has no more use for its old split
+_NEVER_KEPT = (*REQUIRED, "split")  # a manifest that is split again has no more use for its old split
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +130,7 @@ def format_manifest(listing: Listing, folder: Path) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *listing.columns])
+    writer.writerow([*REQUIRED, *listing.columns])
     top = f"{folder.absolute()}{os.sep}"
     samples = listing.samples
     for i, file in enumerate(samples.files):
@@ -190,20 +189,6 @@ def _of_manifest(samples: Samples, path: Path, base: Path | None) -> Listing:
 
 
 def _further_columns(path: Path, folder: Path, samples: Samples) -> dict[str, tuple[str, ...]]:
-    records = _records(path)
-    columns = [name for name in records if name not in _NEVER_KEPT]
-    row_of = {str(folder.absolute() / name): i for i, name in enumerate(records[COLUMNS[0]])}
-    rows = [row_of[file] for file in samples.files]
-    return {name: tuple(records[name][i] for i in rows) for name in columns}
-
-
-def _records(path: Path) -> dict[str, list[str]]:
-    """The columns of a manifest that has been read already: all of them, as text."""
-    if is_parquet(path):
-        from pyarrow import parquet
-
-        columns = parquet.read_table(path).to_pydict()
-        return {name: ["" if v is None else str(v).strip() for v in values] for name, values in columns.items()}
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        header, *rows = [fields for fields in csv.reader(lines) if fields]
-    return {name: [(row[i] if i < len(row) else "").strip() for row in rows] for i, name in enumerate(header)}
+    fields = {row.file: row.fields for row in read_rows(path, folder, every_column=True)}
+    columns = [name for name in fields[samples.files[0]] if name not in _NEVER_KEPT]
+    return {name: tuple(fields[file][name] for file in samples.files) for name in columns}

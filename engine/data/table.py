@@ -23,7 +23,7 @@ class Row:
     """One image of a manifest; ``split``, ``group`` and ``weight`` are None where it has no such column.
 
     ``place`` says where it stands, such as "line 7"; ``file`` is an absolute path; ``heads`` are the fields of the
-    columns ``label_*`` by what follows the prefix, empty where there is no label.
+    columns ``label_*`` by what follows the prefix, empty where there is no label; ``fields`` all that was read.
     """
 
     place: str
@@ -33,21 +33,23 @@ class Row:
     group: str | None
     weight: str | None
     heads: Mapping[str, str]
+    fields: Mapping[str, str]
 
 
-def read_rows(path: Path, base: Path) -> list[Row]:
-    """At least one row; relative file names start from ``base``.
+def read_rows(path: Path, base: Path, *, every_column: bool = False) -> list[Row]:
+    """At least one row; relative file names start from ``base``. ``every_column``: also those without a meaning here.
 
     Raises UserError: it cannot be read, lacks a column, has none twice, lists nothing, or a field is empty.
     """
     folder = base.absolute()
-    rows = [_row(path, folder, place, fields) for place, fields in (_parquet(path) if is_parquet(path) else _csv(path))]
+    read = _parquet if _is_parquet(path) else _csv
+    rows = [_row(path, folder, place, fields) for place, fields in read(path, every_column)]
     if not rows:
         raise UserError(f"{path} lists no file")
     return rows
 
 
-def is_parquet(path: Path) -> bool:
+def _is_parquet(path: Path) -> bool:
     """By its first bytes. Raises UserError where it cannot be read."""
     try:
         with path.open("rb") as file:
@@ -62,15 +64,15 @@ def _row(path: Path, folder: Path, place: str, fields: Mapping[str, str]) -> Row
             raise UserError(f"{path}, {place}: empty {column}")
     heads = {column[len(HEAD_PREFIX) :]: text for column, text in fields.items() if column.startswith(HEAD_PREFIX)}
     split, group, weight = (fields.get(column) for column in OPTIONAL)
-    return Row(place, str(folder / fields["filename"]), fields["label"], split, group, weight, heads)
+    return Row(place, str(folder / fields["filename"]), fields["label"], split, group, weight, heads, fields)
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _csv(path: Path, every_column: bool) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             header = next(reader, [])
-            wanted = _wanted(path, header)
+            wanted = _wanted(path, header, every_column)
             for fields in reader:
                 if not fields:
                     continue
@@ -88,7 +90,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _parquet(path: Path, every_column: bool) -> Iterator[tuple[str, dict[str, str]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -99,7 +101,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         ) from error
     try:
         header = parquet.read_schema(path).names
-        columns = {name: column.to_pylist() for name, column in _read_columns(parquet, path, _wanted(path, header))}
+        wanted = _wanted(path, header, every_column)
+        columns = {name: column.to_pylist() for name, column in _read_columns(parquet, path, wanted)}
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
     for number, fields in enumerate(zip(*columns.values(), strict=True), 1):
@@ -115,7 +118,7 @@ def _as_text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _wanted(path: Path, header: Sequence[str]) -> dict[str, int]:
+def _wanted(path: Path, header: Sequence[str], every_column: bool) -> dict[str, int]:
     """The columns that are read and where each stands."""
     for column in REQUIRED:
         if column not in header:
@@ -125,7 +128,8 @@ def _wanted(path: Path, header: Sequence[str]) -> dict[str, int]:
             )
     wanted: dict[str, int] = {}
     for i, column in enumerate(header):
-        if column in (*REQUIRED, *OPTIONAL) or (column.startswith(HEAD_PREFIX) and column != HEAD_PREFIX):
+        known = column in (*REQUIRED, *OPTIONAL) or (column.startswith(HEAD_PREFIX) and column != HEAD_PREFIX)
+        if known or every_column:
             if column in wanted:
                 raise UserError(f"{path} has the column {column!r} twice")
             wanted[column] = i
