@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from benchmarks.race import Entrant, race
 from kernels import SEBlock, available_backends, norm_relu_pool
 from kernels.backends import OPERATORS
-from kernels.residual_tail import SE, Norm, residual_tail
+from kernels.norms import Norm
+from kernels.residual_tail import SE, residual_tail
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, CALLS = (256, 6) if DEVICE == "cuda" else (8, 1)

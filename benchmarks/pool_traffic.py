@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.counting import CountedOperators, Traffic, by_address, by_size, counted_accesses, inductor_accesses
 from kernels import se_triton
 from kernels.norm_pool import backend_module, pooled
-from kernels.residual_tail import FixedNorm
+from kernels.norms import FixedNorm
 
 
 def activation(dtype: torch.dtype, *, batch: int = 1, side: int = 32) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from benchmarks.counting import CountedOperators, Traffic, by_address, by_size, counted_accesses, inductor_accesses
 from kernels import SEBlock, se_triton
-from kernels.residual_tail import SE, FixedNorm, How, Saved, backend_module
+from kernels.norms import FixedNorm
+from kernels.residual_tail import SE, How, Saved, backend_module
 
 
 class Kind(NamedTuple):

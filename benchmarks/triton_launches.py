@@ -25,8 +25,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import norm_pool_triton, se_triton, tail_triton, triton_tiles
+from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
-from kernels.residual_tail import SE, TAIL_ACTIVATIONS, FixedNorm, How, Saved
+from kernels.residual_tail import SE, TAIL_ACTIVATIONS, How, Saved
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 SWEEPS = ("_pool_kernel", "_scale_kernel")

@@ -3,8 +3,9 @@
 from kernels.backends import BackendUnavailable, available_backends
 from kernels.modules import FusedSE, FusedSEBlock, fuse_se, se_modules, unfuse_se
 from kernels.norm_pool import norm_relu_pool
+from kernels.norms import Norm
 from kernels.reference import SEBlock
-from kernels.residual_tail import SE, Norm, residual_tail
+from kernels.residual_tail import SE, residual_tail
 from kernels.squeeze_excite import squeeze_excite
 from kernels.tail_swaps import fuse_tails, tail_modules, unfuse_tails
 from kernels.tails import FusedTail

@@ -37,17 +37,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backends import resolve_backend
-from kernels.registration import refuse_forward_mode, register
-from kernels.residual_tail import (
+from kernels.norms import (
     FixedNorm,
     Norm,
-    _check,
-    _empty_fwd,
-    _exchange_nothing,
-    _given,
-    _update,
-    residual_tail_reference,
+    check_norm,
+    exchange_nothing,
+    fill_statistics,
+    given_statistics,
+    update_running,
 )
+from kernels.registration import refuse_forward_mode, register
+from kernels.residual_tail import residual_tail_reference
+from kernels.squeeze_excite import check_activation
 from kernels.statistics import ROWS
 
 NO_MAXIMUM = 9  # the code of an output that is 0
@@ -72,7 +73,8 @@ def norm_relu_pool(y: Tensor, norm: Norm, *, backend: str = "auto") -> Tensor:
         ValueError: a shape, dtype, layout, device or name that does not fit, or one value a channel in training.
         BackendUnavailable: the named backend cannot serve here.
     """
-    _check(y, norm, None, None, None, "relu")
+    check_activation("y", y)
+    check_norm("norm", norm, y)
     if not serves(y):
         raise ValueError(
             f"y must be channels-last and of one of {DTYPES}, but has strides {y.stride()} and is {y.dtype}; "
@@ -84,8 +86,8 @@ def norm_relu_pool(y: Tensor, norm: Norm, *, backend: str = "auto") -> Tensor:
         return norm_relu_pool_reference(y, norm)
     tensors = (y, norm.weight, norm.bias)
     refuse_forward_mode("norm_relu_pool", tensors)
-    out, _, stats = _call_fwd(*tensors, *_given(norm), norm.eps, norm.group, chosen)
-    _update(norm, stats)
+    out, _, stats = _call_fwd(*tensors, *given_statistics(norm), norm.eps, norm.group, chosen)
+    update_running(norm, stats)
     return out
 
 
@@ -121,8 +123,9 @@ def _fwd(
 ) -> tuple[Tensor, ...]:
     norm = FixedNorm(weight, bias, mean, var, eps, group)
     if y.shape[0] == 0:  # the statistics are the other ranks'
-        out, code, _ = _outputs(y)
-        return out, code, _empty_fwd(y, norm, None, None, None, "relu")[2]
+        out, code, stats = _outputs(y)
+        fill_statistics(stats, norm)
+        return out, code, stats
     outputs: tuple[Tensor, ...] = backend_module(backend).pool_fwd(y, norm)
     return outputs
 
@@ -150,7 +153,7 @@ def _bwd(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     if y.shape[0] == 0:
-        _exchange_nothing(stats, (training, group, output_mask[0]))
+        exchange_nothing(stats, (training, group, output_mask[0]))
         return tuple(map(torch.zeros_like, _bwd_fake(dout, y, code, stats, training, group, backend, output_mask)))
     gradients: tuple[Tensor, ...] = backend_module(backend).pool_bwd(
         dout, y, code, stats, training, group, list(output_mask)

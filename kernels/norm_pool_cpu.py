@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import kernels._C  # noqa: F401  registers torch.ops.kernels_C
-from kernels.residual_tail import FixedNorm
+from kernels.norms import FixedNorm
 from kernels.statistics import INVSTD, SCALE, batch_statistics, merge_over_ranks, running_statistics, sum_over_ranks
 
 _OPS = torch.ops.kernels_C

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.norm_pool import pooled
 from kernels.norm_pool_triton_sweeps import _norm_pool_bwd_kernel, _norm_pool_kernel, _norm_pool_sums_kernel
-from kernels.residual_tail import FixedNorm
+from kernels.norms import FixedNorm
 from kernels.tail_triton import MERGED, PROGRAMS, Sums, _coefficients, _moments, _statistics
 from kernels.triton_tiles import VECTORS, _strides
 

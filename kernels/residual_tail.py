@@ -44,36 +44,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backends import resolve_backend
+from kernels.norms import (
+    FixedNorm,
+    Norm,
+    batch_norm,
+    check_norm,
+    exchange_nothing,
+    fill_statistics,
+    given_statistics,
+    update_running,
+)
 from kernels.reference import squeeze_excite_reference
 from kernels.registration import refuse_forward_mode, register
-from kernels.squeeze_excite import as_matrix, check_squeeze
-from kernels.statistics import (
-    MEAN,
-    ROWS,
-    UNBIASED_VAR,
-    batch_statistics,
-    merge_over_ranks,
-    running_statistics,
-    sum_over_ranks,
-)
+from kernels.squeeze_excite import as_matrix, check_activation, check_squeeze
+from kernels.statistics import ROWS
 
 TAIL_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "identity": lambda x: x}
-
-
-class Norm(NamedTuple):
-    """A BatchNorm, as `torch.nn.functional.batch_norm` takes it; every tensor (C,).
-
-    ``group`` names the process group over which the batch statistics are taken, "" is this process alone.
-    """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    training: bool = False
-    momentum: float | Tensor = 0.1
-    eps: float = 1e-5
-    group: str = ""
 
 
 class SE(NamedTuple):
@@ -85,17 +71,6 @@ class SE(NamedTuple):
     b2: Tensor | None = None
     act: str = "relu"
     gate: str = "sigmoid"
-
-
-class FixedNorm(NamedTuple):
-    """A BatchNorm as backends see it; ``mean`` and ``var`` are None where they are to be the batch's own."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float
-    group: str
 
 
 class Saved(NamedTuple):
@@ -168,36 +143,17 @@ def residual_tail(
     w1, w2, b1, b2, se_act, gate_fn = se or (None, None, None, None, "relu", "sigmoid")
     tensors = (y, residual, norm.weight, norm.bias, w1, b1, w2, b2, second.weight, second.bias)
     refuse_forward_mode("residual_tail", tensors)
-    given = (*_given(norm), *(_given(second) if residual_norm else (None, None)))
+    given = (*given_statistics(norm), *(given_statistics(second) if residual_norm else (None, None)))
     options = (norm.eps, second.eps, residual_norm is not None, norm.group, second.group, act, se_act, gate_fn, chosen)
     out, _, stats, stats2, *_ = _call_fwd(*tensors, *given, *options)
-    _update(norm, stats)
+    update_running(norm, stats)
     if residual_norm is not None:
-        _update(residual_norm, stats2)
+        update_running(residual_norm, stats2)
     return out
 
 
-def _given(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm.training else (norm.running_mean, norm.running_var)
-
-
-def _update(norm: Norm, stats: Tensor) -> None:
-    if norm.training and norm.running_mean is not None and norm.running_var is not None:
-        running = [norm.running_mean, norm.running_var]
-        batch = [stats[row].to(running[0].dtype) for row in (MEAN, UNBIASED_VAR)]
-        if isinstance(norm.momentum, Tensor):
-            torch._foreach_lerp_(running, batch, [norm.momentum, norm.momentum])
-        else:
-            torch._foreach_lerp_(running, batch, norm.momentum)
-
-
 def _check(y: Tensor, norm: Norm, se: SE | None, residual: Tensor | None, residual_norm: Norm | None, act: str) -> None:
-    if y.dim() != 4:
-        raise ValueError(f"y must be (N, C, H, W), but has shape {tuple(y.shape)}")
-    if 0 in y.shape[1:]:
-        raise ValueError(f"y must hold at least one channel and one pixel, but has shape {tuple(y.shape)}")
-    if not y.is_floating_point():
-        raise ValueError(f"y must be floating point, but is {y.dtype}")
+    check_activation("y", y)
     if act not in TAIL_ACTIVATIONS:
         raise ValueError(f"act={act!r} is not one of {tuple(TAIL_ACTIVATIONS)}")
     if residual is not None:
@@ -213,59 +169,19 @@ def _check(y: Tensor, norm: Norm, se: SE | None, residual: Tensor | None, residu
         check_squeeze(y, se.w1, se.w2, se.b1, se.b2, se.act, se.gate, name="y")
     for name, given in (("norm", norm), ("residual_norm", residual_norm)):
         if given is not None:
-            _check_norm(name, given, y)
-
-
-def _check_norm(name: str, norm: Norm, y: Tensor) -> None:
-    for field in ("running_mean", "running_var", "weight", "bias"):
-        t = getattr(norm, field)
-        if t is None:
-            continue
-        if tuple(t.shape) != (y.shape[1],):
-            raise ValueError(f"{name}.{field} must be ({y.shape[1]},), but has shape {tuple(t.shape)}")
-        if t.device != y.device:
-            raise ValueError(f"{name}.{field} is on {t.device} and y on {y.device}; move them to one device")
-    if not norm.training and (norm.running_mean is None or norm.running_var is None):
-        raise ValueError(f"{name} has no running statistics: it needs training=True")
-    if norm.training and not norm.group and y.numel() == y.shape[1]:
-        # PyTorch's own words
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.shape}")
+            check_norm(name, given, y)
 
 
 def residual_tail_reference(
     y: Tensor, norm: Norm, se: SE | None, residual: Tensor | None, residual_norm: Norm | None, act: str
 ) -> Tensor:
     """What the modules of a block compute one after another, in plain PyTorch; arguments of `residual_tail`."""
-    out = _batch_norm(y, norm)
+    out = batch_norm(y, norm)
     if se is not None:
         out = squeeze_excite_reference(out, *se)
     if residual is not None:
-        out = out + (residual if residual_norm is None else _batch_norm(residual, residual_norm))
+        out = out + (residual if residual_norm is None else batch_norm(residual, residual_norm))
     return TAIL_ACTIVATIONS[act](out)
-
-
-def _batch_norm(x: Tensor, norm: Norm) -> Tensor:
-    if norm.training and norm.group:
-        return _sync_batch_norm(x, norm)
-    momentum = float(norm.momentum)
-    return F.batch_norm(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, momentum, norm.eps
-    )
-
-
-def _sync_batch_norm(x: Tensor, norm: Norm) -> Tensor:
-    """torch.nn.SyncBatchNorm, also on the CPU, for which PyTorch has none; the gradient crosses the ranks as well."""
-    values = x.double().transpose(0, 1).flatten(1)
-    own_mean = values.sum(1) / max(values.shape[1], 1)  # a rank may have an empty batch
-    own_m2 = (values - own_mean[:, None]).square().sum(1)
-    mean, m2, count = merge_over_ranks(own_mean, own_m2, values.shape[1], norm.group)
-    _update(norm, torch.stack((mean, mean, mean, mean, m2 / (count - 1))).detach())
-    # not F.batch_norm, which has no derivative in the statistics that it is given
-    out = (x.double() - mean[:, None, None]) * (m2 / count + norm.eps).rsqrt()[:, None, None]
-    for parameter, apply in ((norm.weight, torch.mul), (norm.bias, torch.add)):
-        if parameter is not None:
-            out = apply(out, parameter.double()[:, None, None])
-    return out.to(x.dtype)
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -333,15 +249,9 @@ def _empty_fwd(
 ) -> tuple[Tensor, ...]:
     """What a backend returns, of an empty batch: the statistics are the other ranks'."""
     out, mask, stats, stats2, *rest = _outputs(y, residual, None if se is None else se.w1, second is not None, act)
-    zeros = torch.zeros_like(stats[0])
     for rows, given in ((stats, norm), (stats2, second)):
-        if given is None:
-            continue
-        if given.mean is not None and given.var is not None:
-            rows.copy_(running_statistics(given.mean, given.var, given.weight, given.bias, given.eps))
-        elif given.group:
-            mean, m2, count = merge_over_ranks(zeros, zeros, 0, given.group)
-            rows.copy_(batch_statistics(mean, m2, count, given.weight, given.bias, given.eps))
+        if given is not None:
+            fill_statistics(rows, given)
     return out, mask, stats, stats2, *rest
 
 
@@ -386,19 +296,12 @@ def _bwd(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     if y.shape[0] == 0:
-        _exchange_nothing(stats, (training, group, output_mask[0]), (training2, group2, output_mask[1]))
+        exchange_nothing(stats, (training, group, output_mask[0]), (training2, group2, output_mask[1]))
         return tuple(map(torch.zeros_like, _bwd_fake(dout, y, residual, w1, w2, mask, stats, output_mask)))
     saved = Saved(y, residual, w1, w2, mask, stats, stats2, deviation, pooled, hidden, gate)
     how = How(with_residual, training, training2, group, group2, act, se_act, gate_fn)
     gradients: tuple[Tensor, ...] = backend_module(backend).tail_bwd(dout, saved, how, list(output_mask))
     return gradients
-
-
-def _exchange_nothing(stats: Tensor, *norms: tuple[bool, str, bool]) -> None:
-    """The part of a rank with an empty batch in the sums of `kernels.statistics.sum_over_ranks`."""
-    for training, group, wanted in norms:
-        if training and group and wanted:
-            sum_over_ranks(stats.new_zeros((2, stats.shape[1])), 0, group)
 
 
 def _bwd_fake(

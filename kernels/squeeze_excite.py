@@ -57,7 +57,7 @@ def squeeze_excite(
         BackendUnavailable: the named backend cannot serve here.
     """
     w1, w2 = as_matrix("w1", w1), as_matrix("w2", w2)
-    _check_input(x)
+    check_activation("x", x)
     check_squeeze(x, w1, w2, b1, b2, act, gate)
     chosen = resolve_backend(backend, x.device, x.dtype)
     if chosen == "eager":
@@ -75,13 +75,14 @@ def as_matrix(name: str, w: Tensor) -> Tensor:
     return w
 
 
-def _check_input(x: Tensor) -> None:
+def check_activation(name: str, x: Tensor) -> None:
+    """Raises a ValueError where x, called ``name``, is no (N, C, H, W) of floating point with channels and pixels."""
     if x.dim() != 4:
-        raise ValueError(f"x must be (N, C, H, W), but has shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be (N, C, H, W), but has shape {tuple(x.shape)}")
     if 0 in x.shape[1:]:
-        raise ValueError(f"x must hold at least one channel and one pixel, but has shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must hold at least one channel and one pixel, but has shape {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, but is {x.dtype}")
+        raise ValueError(f"{name} must be floating point, but is {x.dtype}")
 
 
 def check_squeeze(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import kernels._C  # noqa: F401  registers torch.ops.kernels_C
+from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
-from kernels.residual_tail import SE, TAIL_ACTIVATIONS, FixedNorm, How, Saved
+from kernels.residual_tail import SE, TAIL_ACTIVATIONS, How, Saved
 from kernels.statistics import batch_statistics, merge_over_ranks, sum_over_ranks
 
 _TAIL_ACT_CODES = {name: code for code, name in enumerate(TAIL_ACTIVATIONS)}

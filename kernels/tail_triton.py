@@ -29,7 +29,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.residual_tail import SE, FixedNorm, How, Saved, mask_shape, memory_format
+from kernels.norms import FixedNorm
+from kernels.residual_tail import SE, How, Saved, mask_shape, memory_format
 from kernels.statistics import (
     INVSTD,
     MEAN,

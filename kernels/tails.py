@@ -16,8 +16,9 @@ from torch import Tensor, distributed, nn
 
 from kernels.modules import layer, se_plan
 from kernels.norm_pool import norm_relu_pool, serves
+from kernels.norms import Norm
 from kernels.recognition import Plan, attachment
-from kernels.residual_tail import SE, TAIL_ACTIVATIONS, Norm, residual_tail
+from kernels.residual_tail import SE, TAIL_ACTIVATIONS, residual_tail
 from kernels.swapping import Fused, check_backend
 
 # Exactly these: a subclass may compute something else

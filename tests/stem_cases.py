@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm_pool import norm_relu_pool
-from kernels.residual_tail import Norm
+from kernels.norms import Norm
 from tests.accuracy import FEW, assert_network_as_accurate_as_eager
 from tests.tail_cases import make_tail
 

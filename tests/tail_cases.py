@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernels.residual_tail import SE, Norm, residual_tail, residual_tail_reference
+from kernels.norms import Norm
+from kernels.residual_tail import SE, residual_tail, residual_tail_reference
 from tests.accuracy import FEW, assert_network_as_accurate_as_eager
 from tests.backends import DEVICES
 from tests.se_cases import LAYOUTS

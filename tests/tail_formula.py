@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
-from kernels.residual_tail import SE, FixedNorm, How, Saved, mask_shape, memory_format
+from kernels.residual_tail import SE, How, Saved, mask_shape, memory_format
 from kernels.statistics import (
     INVSTD,
     MEAN,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.residual_tail import SE, FixedNorm, How, Saved, residual_tail_reference
-from kernels.residual_tail import Norm as GivenNorm
+from kernels.norms import FixedNorm
+from kernels.norms import Norm as GivenNorm
+from kernels.residual_tail import SE, How, Saved, residual_tail_reference
 from kernels.statistics import MEAN, UNBIASED_VAR
 from tests import tail_formula
 from tests.se_cases import LAYOUTS, ids

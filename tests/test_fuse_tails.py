@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from tests.tail_models import (
     images,
     logits_gradients_and_buffers,
     norms,
+    saved_and_loaded,
     stem_and_blocks,
 )
 
@@ -114,13 +114,6 @@ def test_an_optimizer_made_before_goes_on_through_the_swap_and_back(block):
             optimizer.step()
     assert not any(isinstance(m, (FusedBlock, FusedNormAct)) for m in model.modules())
     assert_alike(model.state_dict(), twin.state_dict())
-
-
-def saved_and_loaded(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", (copy.deepcopy, saved_and_loaded))

@@ -26,8 +26,8 @@ from kernels import (
     triton_products,
     triton_tiles,
 )
+from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
-from kernels.residual_tail import FixedNorm
 from tests.mutation import Launch, kernels_of, mutants, recorded, survivors, uses
 from tests.stem_cases import check_parity as check_stem_parity
 from tests.stem_cases import make_stem, results_of

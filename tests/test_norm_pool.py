@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import BackendUnavailable
 from kernels.norm_pool import norm_relu_pool
-from kernels.residual_tail import Norm
+from kernels.norms import Norm
 from tests.backends import POOL_MODULES, TAILED, param, watch
 from tests.stem_cases import Stem, check_parity, make_stem, results_of
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kernels import BackendUnavailable
-from kernels.residual_tail import SE, Norm, residual_tail
+from kernels.norms import Norm
+from kernels.residual_tail import SE, residual_tail
 from tests import tail_formula
 from tests.backends import DEVICES, TAIL_MODULES, TAILED, param, watch
 from tests.se_cases import LAYOUTS, in_dtypes_and_layouts

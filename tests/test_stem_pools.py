@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import timm
@@ -16,7 +15,7 @@ from engine.models import create_model
 from kernels import fuse_tails, tail_modules, unfuse_tails
 from kernels.tails import FusedNormAct, FusedNormActPool
 from tests.backends import watch
-from tests.tail_models import assert_alike, drawn, images, logits_gradients_and_buffers
+from tests.tail_models import assert_alike, drawn, images, logits_gradients_and_buffers, saved_and_loaded
 
 MODELS = {
     "this project's": lambda: create_model("seresnet18", num_classes=8),
@@ -76,13 +75,6 @@ def test_batchnorms_without_momentum_statistics_or_parameters():
         assert fuse_tails(model, backend="cpu") == 1
         for _ in range(2):
             assert_steps_agree(model, twin, images(2, 3, 9, 8))
-
-
-def saved_and_loaded(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", (copy.deepcopy, saved_and_loaded))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.residual_tail import SE, Norm, residual_tail
+from kernels.norms import Norm
+from kernels.residual_tail import SE, residual_tail
 from tests.backends import DEVICES, TAILED, param, watch
 from tests.tail_cases import Tail, make_tail, value_and_gradients
 

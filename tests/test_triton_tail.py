@@ -8,7 +8,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from kernels import residual_tail, se_triton, tail_triton
-from kernels.residual_tail import FixedNorm, How, Saved
+from kernels.norms import FixedNorm
+from kernels.residual_tail import How, Saved
 from kernels.statistics import INVSTD, MEAN
 from tests.backends import DEVICES
 from tests.se_cases import LAYOUTS, far_apart
