@@ -235,6 +235,7 @@ def run(program: Path, *args: str, **options: int) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_clean_under_address_sanitizer_and_as_documented(tmp_path):
     program = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     assert run(program).endswith("ok\n")
@@ -246,10 +247,12 @@ def watched(tmp_path_factory) -> Path:
     return build(tmp_path_factory.mktemp("thread"), "-fsanitize=thread")
 
 
+@pytest.mark.slow
 def test_clean_under_thread_sanitizer(watched):
     assert run(watched, "small").endswith("ok\n")
 
 
+@pytest.mark.slow
 def test_no_barrier_can_be_left_out(watched):
     # each report ends a process of its own, and nobody reads it
     noticed = run(watched, "barriers", symbolize=0).count(": noticed")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -357,22 +354,6 @@ def test_the_operators_of_csrc_refuse_what_would_not_be_memory_of_theirs():
         ops.pool_bwd_grads(stem.y, stem.y, code, stats, None)
     with pytest.raises(ValueError, match="coefficients must have shape"):
         ops.pool_bwd_grads(stem.dout, stem.y, code, stats, torch.zeros(3, 8))
-
-
-@pytest.mark.parametrize(("capability", "expected"), (("default", "baseline"), ("avx2", "AVX2")))
-def test_other_instruction_sets(capability, expected):
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    code = (
-        "import sys, pytest, torch; from kernels import _C; print(torch.ops.kernels_C.instruction_set(), flush=True);"
-    )
-    code += "sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = "cpu and (shapes or ties or carried) or sign or float64_equals"
-    command = [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.stdout.split()[0] != expected:
-        pytest.skip(f"this processor does not run {expected}")
-    assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
 
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))

@@ -105,6 +105,7 @@ def audited(tmp_path_factory):
     return json.loads((folder / "rows.json").read_text())
 
 
+@pytest.mark.slow
 def test_nothing_spills_and_aligned_sweeps_move_16_bytes_at_once(audited):
     assert not any(row["local"] or row["local_accesses"] for row in audited)
     aligned = [row for row in audited if row["load_bits"] == 128]

@@ -83,6 +83,7 @@ def test_without_a_residual_the_gradient_passes_where_out_says_so(dtype):
     assert torch.equal(dbias, (~(out <= 0)).sum((0, 2, 3)).to(dbias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("blocks", ({"PROGRAMS": 10**6, "MERGED": 10**6, "STRETCHES": 4}, {"PROGRAMS": 1}), ids=str)
 def test_any_cut_of_the_batch(blocks, layout, monkeypatch):
