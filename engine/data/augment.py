@@ -156,6 +156,11 @@ class Augmentation:
     def crops(self) -> bool:
         return self.crop_scale != (1.0, 1.0)
 
+    @property
+    def tones(self) -> bool:
+        """Whether any image can get a tone."""
+        return self.auto_augment != "none"
+
     def draw(
         self,
         seed: int,

@@ -23,10 +23,6 @@ DRAWN_INPUTS = {
     "jittered": ("BOOL", 0),
     "color": ("FLOAT", 2),
     "pivot": ("FLOAT", 2),
-    "toned": ("BOOL", 0),
-    "tone": ("INT32", 0),
-    "kept_bits": ("UINT8", 0),
-    "level": ("FLOAT", 0),
     "sharpened": ("BOOL", 0),
     "sharpness": ("FLOAT", 0),
     "blurred": ("BOOL", 0),
@@ -36,7 +32,7 @@ DRAWN_INPUTS = {
     "erased_start": ("FLOAT", 1),
     "erased_shape": ("FLOAT", 1),
 }
-
+TONE_INPUTS = {"toned": ("BOOL", 0), "tone": ("INT32", 0), "kept_bits": ("UINT8", 0), "level": ("FLOAT", 0)}
 
 SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 """torchvision's, for the sharpness."""
@@ -120,7 +116,7 @@ def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, de
         mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
         shift = fn.coord_transform(mean_pixel, M=inputs["pivot"])
         image = dali.math.clamp(fn.coord_transform(image, M=inputs["color"]) + shift, 0, 255)
-    if inputs["toned"]:
+    if TONE_INPUTS.keys() <= inputs.keys():
         image = _toned(dali, image, inputs, img_size)
     if inputs["sharpened"]:
         smoothed = fn.filter(image, dali.types.Constant(SMOOTHING, device=device))
@@ -134,13 +130,21 @@ def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, de
 
 
 def _toned(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int) -> Any:
+    if inputs["toned"]:
+        image = _tone(dali, image, inputs, img_size)
+    return image
+
+
+def _tone(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int) -> Any:
     fn, types = dali.fn, dali.types
     # DALI rounds on the way to whole numbers, torchvision in its tones rounds down.
     pixels = fn.cast(image, dtype=types.UINT8)
     if inputs["tone"] == Tone.POSTERIZE.value:
         pixels = pixels & inputs["kept_bits"]
     elif inputs["tone"] == Tone.SOLARIZE.value:
-        pixels = pixels ^ (fn.cast(pixels >= inputs["level"], dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8))
+        pixels = pixels ^ (
+            fn.cast(pixels >= inputs["level"], dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8)
+        )
     elif inputs["tone"] == Tone.AUTOCONTRAST.value:
         pixels = _autocontrast(dali, pixels)
     else:
