@@ -238,3 +238,13 @@ def test_operations_equal_torchvisions(pipeline, tmp_path, monkeypatch):
         # DALI's equalize comes within one level of torchvision's
         assert difference.max() < (1.001 if name == "equalize" and pipeline is by_dali else TOLERANCES[name]), name
         assert not changes or 255 * (image - original).abs().mean() > 1, name
+
+
+def test_both_pipelines_make_the_same_of_everything_at_once(tmp_path):
+    """What others leave between two levels can become either in a tone, and so one step of it."""
+    pictures = [picture(SIDE, SIDE, seed=i) for i in range(80)]
+    difference = 255 * (by_dali(tmp_path, pictures, WITH_OTHERS) - by_reference(tmp_path, pictures, WITH_OTHERS)).abs()
+    toned = draw(WITH_OTHERS, len(pictures)).tone > 0
+    assert 10 < toned.sum() < 40
+    assert difference[~toned].max() < 0.3
+    assert (difference[toned] > 1.5).float().mean() < 1e-3

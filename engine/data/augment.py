@@ -20,7 +20,7 @@ after the jitter, and a sharpness instead of the other one; the tone comes from 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from engine.data.transforms import (
     warp_matrices,
     widest_boxes,
 )
-from engine.data.trivial import trivial
+from engine.data.trivial import Trivial, trivial
 from engine.errors import UserError
 
 PROBABILITIES = ("rotation", "affine", "jitter", "hflip", "vflip", "sharpness", "blur", "erasing")
@@ -205,36 +205,27 @@ class Augmentation:
             hflip=on["hflip"],
             vflip=on["vflip"],
         )
-        warped = on["rotation"] | on["affine"] | on["hflip"] | on["vflip"]
-        jittered = on["jitter"]
-        sharpness = np.where(on["sharpness"], self.sharpness_factor, 1).astype(np.float32)
-        tone, level = np.zeros(n, dtype=np.int32), np.zeros(n, dtype=np.float32)
-        if self.auto_augment == "trivial":
-            auto = trivial(draws["auto_operation"], draws["auto_strength"], img_size)
-            warp = composed_warps(warp, auto.warp)
-            warped |= _differs(auto.warp, np.eye(2, 3))
-            color, pivot = composed_colors((color, pivot), (auto.color, auto.pivot))
-            jittered |= _differs(auto.color, np.eye(3))
-            sharpness = np.where(auto.sharpness != 1, auto.sharpness, sharpness)
-            tone, level = auto.tone, auto.level
         square = np.full((n, 2), img_size)
         nowhere = np.zeros((n, 4), dtype=np.int32)
         erased = random_boxes(
             square, draws["erased_box"], area=self.erased_area, ratio=(0.3, 3.3), fallback=nowhere, smaller=True
         )
-        return Drawn(
+        drawn = Drawn(
             boxes=self._boxes(sizes, draws["crop_box"]),
-            warped=warped,
+            warped=on["rotation"] | on["affine"] | on["hflip"] | on["vflip"],
             warp=warp,
-            jittered=jittered,
+            jittered=on["jitter"],
             color=color,
             pivot=pivot,
-            tone=tone,
-            level=level,
-            sharpness=sharpness,
+            tone=np.zeros(n, dtype=np.int32),
+            level=np.zeros(n, dtype=np.float32),
+            sharpness=np.where(on["sharpness"], self.sharpness_factor, 1).astype(np.float32),
             sigma=between("sigma", *self.sigma, "blur", 0).astype(np.float32),
             erased=np.where(on["erasing"][:, None], erased, nowhere),
         )
+        if self.auto_augment == "trivial":
+            return _then(drawn, trivial(draws["auto_operation"], draws["auto_strength"], img_size))
+        return drawn
 
     def _boxes(self, sizes: np.ndarray | None, draws: np.ndarray) -> np.ndarray | None:
         if not self.crops:
@@ -249,6 +240,21 @@ def class_rarity(counts: np.ndarray) -> np.ndarray:
     logs = np.log(np.maximum(counts, 1))
     span = logs.max() - logs[counts > 0].min()
     return np.clip((logs.max() - logs) / span, 0, 1) if span > 0 else np.zeros(len(counts))
+
+
+def _then(drawn: Drawn, auto: Trivial) -> Drawn:
+    color, pivot = composed_colors((drawn.color, drawn.pivot), (auto.color, auto.pivot))
+    return replace(
+        drawn,
+        warped=drawn.warped | _differs(auto.warp, np.eye(2, 3)),
+        warp=composed_warps(drawn.warp, auto.warp),
+        jittered=drawn.jittered | _differs(auto.color, np.eye(3)),
+        color=color,
+        pivot=pivot,
+        tone=auto.tone,
+        level=auto.level,
+        sharpness=np.where(auto.sharpness != 1, auto.sharpness, drawn.sharpness),
+    )
 
 
 def _differs(matrices: np.ndarray, matrix: np.ndarray) -> np.ndarray:

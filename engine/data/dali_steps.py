@@ -137,19 +137,21 @@ def _toned(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int) -> A
 
 def _tone(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int) -> Any:
     fn, types = dali.fn, dali.types
-    # DALI rounds on the way to whole numbers, torchvision in its tones rounds down.
     pixels = fn.cast(image, dtype=types.UINT8)
     if inputs["tone"] == Tone.POSTERIZE.value:
         pixels = pixels & inputs["kept_bits"]
     elif inputs["tone"] == Tone.SOLARIZE.value:
-        pixels = pixels ^ (
-            fn.cast(pixels >= inputs["level"], dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8)
-        )
+        pixels = _solarized(dali, pixels, inputs["level"])
     elif inputs["tone"] == Tone.AUTOCONTRAST.value:
         pixels = _autocontrast(dali, pixels)
     else:
         pixels = _equalized(dali, pixels, img_size)
     return fn.cast(pixels, dtype=types.FLOAT)
+
+
+def _solarized(dali: Any, pixels: Any, level: Any) -> Any:
+    fn, types = dali.fn, dali.types
+    return pixels ^ (fn.cast(pixels >= level, dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8))
 
 
 def _autocontrast(dali: Any, pixels: Any) -> Any:
@@ -158,6 +160,7 @@ def _autocontrast(dali: Any, pixels: Any) -> Any:
     greatest = fn.reductions.max(pixels, axes=[0, 1], keep_dims=True)
     flat = greatest == least  # a channel of one value stays as it is
     scale = fn.cast(greatest - least, dtype=types.FLOAT) * (1 / 255) + flat
+    # torchvision rounds down
     stretched = (pixels - least * (flat ^ True)) / scale
     return fn.cast(dali.math.floor(stretched), dtype=types.UINT8)
 
