@@ -22,7 +22,7 @@ from engine.data.transforms import Tone, composed_colors, composed_warps, warp_m
 from engine.data.trivial import SPACE, STRENGTHS
 from engine.errors import UserError
 from engine.train import _augmentation
-from tests.data_helpers import make_loader, picture, save
+from tests.data_helpers import CPU, make_loader, picture, save
 
 SIDE = 48
 ALONE = Augmentation(**dict.fromkeys(PROBABILITIES, 0.0), auto_augment="trivial")
@@ -193,14 +193,20 @@ CASES = [
 ]
 
 
-def by_dali(folder: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
+def by_dali(
+    folder: Path, pictures: list[np.ndarray], augmentation: Augmentation, device: torch.device = CPU
+) -> torch.Tensor:
     """The pictures, changed as those of epoch 0."""
     labels = np.zeros(len(pictures), dtype=int)
     sampler = WeightedSampler(labels, 1, sampling="none", seed=0)
     files = [save(folder / f"{i:03d}.png", pixels) for i, pixels in enumerate(pictures)]
     samples = Samples(tuple(files[i] for i in np.argsort(sampler.draw(0))), labels, ("a",))
-    options = {"training": True, "sampler": sampler, "augmentation": augmentation}
-    return next(make_loader(samples, batch_size=len(files), img_size=SIDE, **options).epoch(0))[0]
+    options = {"training": True, "sampler": sampler, "augmentation": augmentation, "device": device}
+    return next(make_loader(samples, batch_size=len(files), img_size=SIDE, **options).epoch(0))[0].cpu()
+
+
+def by_dali_on_a_gpu(folder: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
+    return by_dali(folder, pictures, augmentation, torch.device("cuda"))
 
 
 def by_reference(_: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
@@ -219,7 +225,10 @@ def by_torchvision(image: torch.Tensor, name: str, strength: int) -> torch.Tenso
     return changed.float() / 255 if on_bytes else changed
 
 
-@pytest.mark.parametrize("pipeline", (by_dali, by_reference))
+NEEDS_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("pipeline", (by_reference, by_dali, pytest.param(by_dali_on_a_gpu, marks=NEEDS_A_GPU)))
 def test_operations_equal_torchvisions(pipeline, tmp_path, monkeypatch):
     """After a flip, which tells in what order the two are composed."""
     draw_others = augment._uniform_draws
@@ -236,7 +245,8 @@ def test_operations_equal_torchvisions(pipeline, tmp_path, monkeypatch):
         original = torch.from_numpy(pixels).permute(2, 0, 1).flip(2) / 255
         difference = 255 * (image - by_torchvision(original, name, strength)).abs()
         # DALI's equalize comes within one level of torchvision's
-        assert difference.max() < (1.001 if name == "equalize" and pipeline is by_dali else TOLERANCES[name]), name
+        one_level = pipeline is by_dali_on_a_gpu or (pipeline is by_dali and name == "equalize")
+        assert difference.max() < (1.001 if one_level else TOLERANCES[name]), name
         assert not changes or 255 * (image - original).abs().mean() > 1, name
 
 
