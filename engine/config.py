@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
@@ -117,6 +118,11 @@ class Config:
         0.0,
         "raise the probabilities p above for rarer classes, up to p + this * (1 - p) for the rarest",
         type=float,
+    )
+    aa: str = _flag(
+        "none",
+        "trivial: one more operation for every image, of TrivialAugment's 14, in one of its 31 strengths",
+        choices=AUTO_AUGMENTS,
     )
 
     epochs: int = _flag(50, "epochs to train", type=int)

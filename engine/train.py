@@ -192,6 +192,7 @@ def _augmentation(config: Config) -> Augmentation:
         hue=hue,
         sharpness_factor=config.sharpness,
         minority=config.minority_aug,
+        auto_augment=config.aa,
     )
 
 

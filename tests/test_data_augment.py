@@ -219,6 +219,8 @@ class Fixed(Augmentation):
             jittered=np.full(n, not NO_COLOR.keys().isdisjoint(self.change)),
             color=color,
             pivot=pivot,
+            tone=np.zeros(n, dtype=np.int32),
+            level=np.zeros(n, dtype=np.float32),
             boxes=None if rest["boxes"] is None else np.tile(np.int32(rest["boxes"]), (n, 1)),
             sharpness=np.full(n, rest["sharpness"], dtype=np.float32),
             sigma=np.full(n, rest["sigma"], dtype=np.float32),

@@ -7,26 +7,39 @@ and two executors make the same picture. The steps, in this order, are
     crop and resize    a random resized crop of the image, or all of it, to a square, antialiased
     warp               rotation, affine (shear, zoom, shift) and flips in one resampling
     colour             brightness, contrast, saturation, hue as one matrix
+    tone               posterize, solarize, autocontrast or equalize, on 8-bit values
     sharpness          away from, or towards, a smoothed picture
     blur               Gaussian
     erasing            of a rectangle, after normalisation: it becomes the mean colour
 
-each on by itself with its own probability, under torchvision's names and definitions.
+each on by itself with its own probability, under torchvision's names and definitions. ``auto_augment`` draws one more
+operation for every image (`engine.data.trivial`), which takes its place among them: a warp after the others, colours
+after the jitter, and a sharpness instead of the other one; the tone comes from it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from engine.data.counter import DRAWS_PER_BLOCK, Purpose, generator
-from engine.data.transforms import TRIES, color_matrices, random_boxes, warp_matrices, widest_boxes
+from engine.data.transforms import (
+    TRIES,
+    color_matrices,
+    composed_colors,
+    composed_warps,
+    random_boxes,
+    warp_matrices,
+    widest_boxes,
+)
+from engine.data.trivial import Trivial, trivial
 from engine.errors import UserError
 
 PROBABILITIES = ("rotation", "affine", "jitter", "hflip", "vflip", "sharpness", "blur", "erasing")
 """The fields of `Augmentation` that are one, each of an operator."""
+AUTO_AUGMENTS = ("none", "trivial")
 
 _BOX = 2 * TRIES + 2
 _DRAWS = {
@@ -36,6 +49,7 @@ _DRAWS = {
     **dict.fromkeys(("vflip", "sharpness", "blur", "sigma", "erasing"), 1),
     "crop_box": _BOX,
     "erased_box": _BOX,
+    **dict.fromkeys(("auto_operation", "auto_strength"), 1),
 }
 """How many of an image's draws are for what. Their order is part of every run's results."""
 _BLOCKS_PER_IMAGE = -(-sum(_DRAWS.values()) // DRAWS_PER_BLOCK)
@@ -50,6 +64,8 @@ class Drawn:
         warped, jittered: (n,) bool, whether ``warp``, and ``color`` with ``pivot``, change anything.
         warp: (n, 2, 3) float32, from output to input coordinates in fractions of the side.
         color, pivot: (n, 3, 3) float32, y = color @ x + pivot @ mean(x).
+        tone: (n,) int32, a `Tone`; 0: none.
+        level: (n,) float32, of the tone: the bits that posterize keeps, the value that solarize begins at (of 255).
         sharpness: (n,) float32, 1 leaves the image as it is, 0 smooths it, 2 sharpens it.
         sigma: (n,) float32, of the Gaussian blur, in pixels of the square; 0: none.
         erased: (n, 4) int32, top, left, height, width in the square; zeros: nothing.
@@ -61,6 +77,8 @@ class Drawn:
     jittered: np.ndarray
     color: np.ndarray
     pivot: np.ndarray
+    tone: np.ndarray
+    level: np.ndarray
     sharpness: np.ndarray
     sigma: np.ndarray
     erased: np.ndarray
@@ -86,6 +104,7 @@ class Augmentation:
         erased_area: share of the square; its ratio of sides is uniform in the logarithm between 0.3 and 3.3.
         minority: between 0 and 1: of the rarest class, every probability p that is not 0 is raised to
             p + minority * (1 - p), of the others by less, in proportion to the logarithm of their rarity.
+        auto_augment: "trivial" draws an operation of TrivialAugment for every image, whatever its class; "none": off.
 
     Raises:
         UserError: a value out of range.
@@ -113,6 +132,7 @@ class Augmentation:
     sigma: tuple[float, float] = (0.1, 2.0)
     erased_area: tuple[float, float] = (0.02, 1 / 3)
     minority: float = 0.0
+    auto_augment: str = "none"
 
     def __post_init__(self) -> None:
         limits = dict.fromkeys((*PROBABILITIES, "translate", "minority"), 1.0)
@@ -128,10 +148,18 @@ class Augmentation:
                 raise UserError(
                     f"augmentation: {name} = {pair} must be two numbers above 0 and up to {limit:g}, the smaller first"
                 )
+        if self.auto_augment not in AUTO_AUGMENTS:
+            known = ", ".join(AUTO_AUGMENTS)
+            raise UserError(f"augmentation: auto_augment = {self.auto_augment!r} must be one of: {known}")
 
     @property
     def crops(self) -> bool:
         return self.crop_scale != (1.0, 1.0)
+
+    @property
+    def tones(self) -> bool:
+        """Whether any image can get a tone."""
+        return self.auto_augment != "none"
 
     def draw(
         self,
@@ -182,17 +210,22 @@ class Augmentation:
         erased = random_boxes(
             square, draws["erased_box"], area=self.erased_area, ratio=(0.3, 3.3), fallback=nowhere, smaller=True
         )
-        return Drawn(
+        drawn = Drawn(
             boxes=self._boxes(sizes, draws["crop_box"]),
             warped=on["rotation"] | on["affine"] | on["hflip"] | on["vflip"],
             warp=warp,
             jittered=on["jitter"],
             color=color,
             pivot=pivot,
+            tone=np.zeros(n, dtype=np.int32),
+            level=np.zeros(n, dtype=np.float32),
             sharpness=np.where(on["sharpness"], self.sharpness_factor, 1).astype(np.float32),
             sigma=between("sigma", *self.sigma, "blur", 0).astype(np.float32),
             erased=np.where(on["erasing"][:, None], erased, nowhere),
         )
+        if self.auto_augment == "trivial":
+            return _then(drawn, trivial(draws["auto_operation"], draws["auto_strength"], img_size))
+        return drawn
 
     def _boxes(self, sizes: np.ndarray | None, draws: np.ndarray) -> np.ndarray | None:
         if not self.crops:
@@ -207,6 +240,25 @@ def class_rarity(counts: np.ndarray) -> np.ndarray:
     logs = np.log(np.maximum(counts, 1))
     span = logs.max() - logs[counts > 0].min()
     return np.clip((logs.max() - logs) / span, 0, 1) if span > 0 else np.zeros(len(counts))
+
+
+def _then(drawn: Drawn, auto: Trivial) -> Drawn:
+    color, pivot = composed_colors((drawn.color, drawn.pivot), (auto.color, auto.pivot))
+    return replace(
+        drawn,
+        warped=drawn.warped | _differs(auto.warp, np.eye(2, 3)),
+        warp=composed_warps(drawn.warp, auto.warp),
+        jittered=drawn.jittered | _differs(auto.color, np.eye(3)),
+        color=color,
+        pivot=pivot,
+        tone=auto.tone,
+        level=auto.level,
+        sharpness=np.where(auto.sharpness != 1, auto.sharpness, drawn.sharpness),
+    )
+
+
+def _differs(matrices: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return (matrices != matrix).any(axis=(1, 2))
 
 
 def _raised(probability: float, by: np.ndarray | float) -> np.ndarray | float:

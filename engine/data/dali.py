@@ -108,12 +108,15 @@ class DaliLoader(Loader):
         images, failures = self._images.finish(planned.indices, begun)
         if failures:
             self._unreadable[batch] = failures
-        return *images, self.data.labels[planned.indices], *dali_steps.values(planned, self.img_size).values()
+        values = dali_steps.values(planned, self.img_size)
+        return *images, self.data.labels[planned.indices], *(values[name] for name in self._inputs())
 
     def _inputs(self) -> dict[str, tuple[str, int]]:
         """What the pipeline is fed beside images and labels; see `dali_steps`."""
         boxes = dali_steps.BOX_INPUTS if self.crops else {}
-        return boxes | (dali_steps.DRAWN_INPUTS if self.augmentation is not None else {})
+        if self.augmentation is None:
+            return boxes
+        return boxes | dali_steps.DRAWN_INPUTS | (dali_steps.TONE_INPUTS if self.augmentation.tones else {})
 
     def _idle_pipeline(self) -> Pipeline:
         """The pipeline with nothing in flight. What an abandoned epoch has left in it is run and thrown away."""

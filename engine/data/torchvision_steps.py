@@ -11,6 +11,7 @@ import torchvision.transforms.v2.functional as F
 from torch import Tensor
 
 from engine.data.augment import Drawn
+from engine.data.transforms import Tone
 
 
 def prepare(
@@ -49,11 +50,26 @@ def _change(x: Tensor, drawn: Drawn, i: int) -> Tensor:
         color, pivot = torch.from_numpy(drawn.color[i]), torch.from_numpy(drawn.pivot[i])
         shift = pivot @ x.mean((1, 2))
         x = (torch.einsum("ij,jhw->ihw", color, x) + shift[:, None, None]).clamp(0, 1)
+    if drawn.tone[i]:
+        x = _toned(x, int(drawn.tone[i]), float(drawn.level[i]))
     if drawn.sharpness[i] != 1:
         x = F.adjust_sharpness(x, float(drawn.sharpness[i]))
     if drawn.sigma[i] > 0:
         x = F.gaussian_blur(x, [2 * blur_radius(drawn.sigma[i], x.shape[-1]) + 1] * 2, [float(drawn.sigma[i])] * 2)
     return x
+
+
+def _toned(x: Tensor, tone: int, level: float) -> Tensor:
+    pixels = (255 * x).round().to(torch.uint8)
+    if tone == Tone.POSTERIZE:
+        pixels = F.posterize(pixels, int(level))
+    elif tone == Tone.SOLARIZE:
+        pixels = F.solarize(pixels, level)
+    elif tone == Tone.AUTOCONTRAST:
+        pixels = F.autocontrast(pixels)
+    else:
+        pixels = F.equalize(pixels)
+    return pixels.float() / 255
 
 
 def blur_radius(sigma: float, img_size: int) -> int:

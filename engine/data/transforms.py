@@ -12,18 +12,35 @@ where w are the luma weights and mean(x) is the image's mean pixel; y is clamped
 the grey axis. torchvision turns them in HSV, which is not linear: it keeps a pixel's largest channel where H keeps its
 mean; the hue moves by the same angle.
 
+Tone. What is not linear in a pixel is done on the picture rounded to 8 bits, by `Tone`.
+
 Boxes are (top, left, height, width) in pixels, as torchvision's functions take them.
 """
 
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import numpy as np
 
 LUMA = np.array([0.299, 0.587, 0.114])
 TRIES = 10
 """How often a random box is drawn anew if it does not fit, before something that fits is taken instead."""
+
+
+class Tone(IntEnum):
+    """What is done to 8-bit values, each as torchvision does it to uint8. The numbers are what pipelines are told."""
+
+    NONE = 0
+    POSTERIZE = 1
+    """keeps the highest ``level`` bits"""
+    SOLARIZE = 2
+    """turns values v >= ``level`` into 255 - v"""
+    AUTOCONTRAST = 3
+    """stretches each channel from its least and greatest value to 0 and 255"""
+    EQUALIZE = 4
+    """makes each channel's histogram level"""
 
 
 def warp_matrices(
@@ -54,6 +71,14 @@ def warp_matrices(
     return np.concatenate([inverse, centre - inverse @ (centre + shift)], axis=-1).astype(np.float32)
 
 
+def composed_warps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The warp that does ``first``, then ``second``: (n, 2, 3) float32 each."""
+    # both lead from output to input, so that the last one is passed first
+    linear = first[:, :, :2].astype(np.float64)
+    shift = linear @ second[:, :, 2:] + first[:, :, 2:]
+    return np.concatenate([linear @ second[:, :, :2], shift], axis=-1).astype(np.float32)
+
+
 def color_matrices(
     *, brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +95,19 @@ def color_matrices(
     color = b * c * rotate @ saturate
     pivot = b * (1 - c) * (grey @ LUMA[None])
     return color.astype(np.float32), pivot.astype(np.float32)
+
+
+def composed_colors(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``color`` and ``pivot`` that do those of ``first``, then those of ``second``, with no clamp between.
+
+    The mean that the second one turns about is the mean of what the first one makes: (color + pivot) @ mean(x).
+    """
+    (color1, pivot1), (color2, pivot2) = first, second
+    color1, pivot1 = color1.astype(np.float64), pivot1.astype(np.float64)
+    pivot = color2 @ pivot1 + pivot2 @ (color1 + pivot1)
+    return (color2 @ color1).astype(np.float32), pivot.astype(np.float32)
 
 
 def random_boxes(
