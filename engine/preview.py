@@ -25,6 +25,7 @@ from engine.data.listing import printable, write_all
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.evaluate import make_eval_loader
+from engine.output import free_file
 from engine.preview_picture import PAIRS, PICTURE_FORMATS, Balance, Row, draw_preview
 from engine.tables import format_table
 from engine.train import make_augmentation, make_sampler, make_train_loader, open_run_data
@@ -176,12 +177,10 @@ def _caption(config: Config, images: int, draws: int, epoch: int) -> str:
 
 
 def _free_output(args: argparse.Namespace) -> Path:
-    path = Path(args.picture)
+    path = free_file(args.picture, force=args.force)
     if path.suffix[1:].lower() not in PICTURE_FORMATS:
         known = ", ".join(f".{name}" for name in PICTURE_FORMATS)
         raise UserError(f"--output {path}: a picture's name ends in one of {known}")
-    if path.is_dir() or (path.exists() and not args.force):
-        raise UserError(f"--output {path}: exists; name another file" + ("" if path.is_dir() else ", or add --force"))
     return path
 
 

@@ -237,7 +237,7 @@ def _build(
 
 
 def build_model(config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool) -> nn.Module:
-    """The model on its device, fused as ``config`` says; and with the weights that it names where it ``starts_fresh``."""
+    """On its device, fused as ``config`` says; where it ``starts_fresh``, with the weights that ``config`` names."""
     model = create_model(config.model, num_classes=num_classes)
     if starts_fresh and (config.pretrained or config.pretrained_path):
         print(load_pretrained(model, config.model, config.pretrained_path))
