@@ -10,7 +10,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -25,6 +25,9 @@ from engine.model_profile import Quantiles
 from engine.train import make_augmentation, make_sampler, make_train_loader
 
 _WARM_UP_BATCHES, _FEWEST_BATCHES = 8, 5
+
+Batches = Generator[int, None, None]
+"""The number of images of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +81,7 @@ def _loader(
     return make_train_loader(config, samples, device, precision, sampler=sampler, augmentation=augmentation)
 
 
-def _measure(name: str, batches: Iterator[int], seconds: float) -> Stage:
-    """Of batches given by their numbers of images."""
+def _measure(name: str, batches: Batches, seconds: float) -> Stage:
     for _ in range(_WARM_UP_BATCHES):
         next(batches)
     images = 0
@@ -92,18 +94,18 @@ def _measure(name: str, batches: Iterator[int], seconds: float) -> Stage:
         milliseconds.append(1000 * (now - before))
         before = now
     passed, used = before - began, cpu.used()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()  # and with it the loader and its workers
     return Stage(name, images / passed, Quantiles.of(milliseconds), None if used is None else used / passed)
 
 
-def _planned(loader: Loader) -> Iterator[int]:
+def _planned(loader: Loader) -> Batches:
     for epoch in count():
         order = loader.order(epoch)
         for batch in range(len(loader)):
             yield len(loader.planned(order, epoch, batch).indices)
 
 
-def _of_files(loader: Loader, pool: ThreadPoolExecutor, work: Callable[[str], None]) -> Iterator[int]:
+def _of_files(loader: Loader, pool: ThreadPoolExecutor, work: Callable[[str], None]) -> Batches:
     """``work`` done on the files of every batch."""
     for epoch in count():
         order = loader.order(epoch)
@@ -112,7 +114,7 @@ def _of_files(loader: Loader, pool: ThreadPoolExecutor, work: Callable[[str], No
             yield len(list(pool.map(work, files)))
 
 
-def _delivered(loader: Loader) -> Iterator[int]:
+def _delivered(loader: Loader) -> Batches:
     on_gpu = loader.device.type == "cuda"
     for epoch in count():
         for images, _labels in loader.epoch(epoch):

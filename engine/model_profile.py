@@ -184,7 +184,7 @@ class _Stopwatch:
     """Named spans of time, step by step: by events on a GPU, for which the host does not wait, else by the clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._steps: list[dict[str, list[tuple[Any, Any]]]] = []
 
     def __len__(self) -> int:
@@ -197,10 +197,10 @@ class _Stopwatch:
         self._steps.clear()
 
     def now(self) -> Any:
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def note(self, name: str, began: Any) -> None:
@@ -214,7 +214,7 @@ class _Stopwatch:
 
     def milliseconds(self, name: str) -> list[float]:
         """Of each step, all spans of that name together."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
             return [sum(a.elapsed_time(b) for a, b in step[name]) for step in self._steps]
         return [sum(1000 * (b - a) for a, b in step[name]) for step in self._steps]

@@ -162,7 +162,9 @@ def _title(balance: Balance) -> str:
     present = balance.images[balance.images > 0]
     ratio = f"largest : smallest = {present.max() / present.min():.1f} : 1 in the training set"
     drawn = balance.drawn[balance.drawn > 0]
-    return f"{len(balance.names)} classes, {ratio}, {drawn.max() / drawn.min():.1f} : 1 as drawn"
+    never = np.count_nonzero(balance.drawn[balance.images > 0] == 0)
+    without = f", {never} never drawn" if never else ""
+    return f"{len(balance.names)} classes, {ratio}, {drawn.max() / drawn.min():.1f} : 1 as drawn{without}"
 
 
 def _name_size(name: str) -> float:

@@ -40,6 +40,8 @@ def main(argv: list[str] | None) -> None:
     names_data = any(hasattr(args, name) for name in ("data_dir", "csv", "recipe"))
     model_alone = hasattr(args, "num_classes") and not names_data and not args.data_only
     config = resolve(args, default_recipe=None if model_alone else "digits")
+    backends = list(dict.fromkeys(args.backends or [config.data_backend]))
+    config = dataclasses.replace(config, data_backend=backends[0])
     device = pick_device(config.device)
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
@@ -54,7 +56,6 @@ def main(argv: list[str] | None) -> None:
         figures["model"] = _profile_model(config, num_classes, device, precision, args.seconds)
         speed = figures["model"]["images_per_second"]["step"]
     if splits:
-        backends = list(dict.fromkeys(args.backends or [config.data_backend]))
         figures["data"] = _profile_data(config, splits, backends, device, precision, args.seconds, speed)
     if output is not None:
         write_all(output.parent, {output.name: (json.dumps(figures, indent=2) + "\n").encode()})

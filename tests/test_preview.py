@@ -67,22 +67,23 @@ def table(printed: str) -> dict[str, list[float]]:
     return {name: [float(value) for value in values[:3]] for name, *values in lines[1:]}
 
 
-def test_tiles_are_the_pixels_of_the_run(skewed, tmp_path, saved):
+def test_tiles_are_the_pixels_of_the_run(tmp_path, saved):
+    folder = make_folder(tmp_path / "images", {"common": 15, "rare": 3, "some": 7})
     drawing = ("--minority-aug", "0.8", "--scale", "0.5", "1", "--reprob", "0.5", "--sampling", "sqrt", "--seed", "3")
     output = tmp_path / "new" / "preview.png"
-    assert run(preview.main, [str(skewed), *SMALL, *drawing, "--epoch", "1", "--output", str(output)]) == 0
+    assert run(preview.main, [str(folder), *SMALL, *drawing, "--epoch", "1", "--output", str(output)]) == 0
     with Image.open(output) as picture:
         picture.load()
     assert round(saved[0].get_figwidth() * saved[0].dpi) == 1820
 
-    config, _ = parse_args(["--data-dir", str(skewed), *SMALL, *drawing])
+    config, _ = parse_args(["--data-dir", str(folder), *SMALL, *drawing])
     train, precision = open_run_data(config).train, Precision(CPU, False, "bfloat16")
     sampler, augmentation = make_sampler(config, train), make_augmentation(config)
     loader = make_train_loader(config, train, CPU, precision, sampler=sampler, augmentation=augmentation)
     drawn, labels = pixels(loader, epoch=1)
     plain, _ = pixels(make_eval_loader(train, config, CPU, precision), epoch=0)
     order = sampler.draw(1)
-    places = [place for label in (0, 1) for place in np.flatnonzero(labels == label)[: 2 * PAIRS]]
+    places = [place for label in (0, 2, 1) for place in np.flatnonzero(labels == label)[:PAIRS]]
     shown = tiles(saved[0])
     assert len(shown) == len(places)
     np.testing.assert_allclose(shown[:, 0], plain[order[places]], atol=1e-6)
@@ -140,6 +141,7 @@ def test_a_class_that_is_never_drawn_says_so(tmp_path, saved):
     assert run(preview.main, [str(manifest), *SMALL, "--sampling", "column", "--output", str(tmp_path / "a.png")]) == 0
     texts = [text.get_text() for text in saved[0].axes[1].texts]
     assert "none of it is drawn in this epoch" in texts
+    assert saved[0].texts[0].get_text().endswith("1 never drawn")
     assert {"3 images\n0 draws", "3 images\n6 draws, 2.0 of each"} <= set(texts)
 
 
