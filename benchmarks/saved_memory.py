@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.network_traffic import SIDE, make_batch, make_network
+from engine.model_profile import saved_storages, storage_key
 
 BATCH = 4
 
@@ -37,27 +38,14 @@ class _TakenByConvolutions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.mkldnn_convolution):
-            self.storages |= {_key(t) for t in tree_leaves(args) if isinstance(t, Tensor)}
+            self.storages |= {storage_key(t) for t in tree_leaves(args) if isinstance(t, Tensor)}
         return func(*args, **(kwargs or {}))
-
-
-def _key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> SavedBytes:
     """Of what ``forward`` keeps for its gradient."""
-    held: list[Tensor] = []  # a storage that is freed could be met again as another
-
-    def note(t: Tensor) -> Tensor:
-        held.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), _TakenByConvolutions() as taken:
-        result = forward()
-    assert result.requires_grad
-    own = {_key(p) for p in parameters}
-    storages = {_key(t): t.untyped_storage().nbytes() for t in held if _key(t) not in own}
+    with _TakenByConvolutions() as taken:
+        storages = saved_storages(forward, parameters)
     return SavedBytes(sum(storages.values()), sum(n for key, n in storages.items() if key in taken.storages))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -212,16 +213,34 @@ def parse_args(argv: list[str] | None) -> tuple[Config, str | None]:
 
     Raises UserError for what the user can mend.
     """
-    given = vars(_parser().parse_args(argv))
+    parser = make_parser(
+        "python -m engine.train",
+        "Train an image classifier on imbalanced data; without --data-dir or --csv on the embedded digits.",
+    )
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
+    add_run_flags(parser)
+    args = parser.parse_args(argv)
+    given = vars(args).copy()
     resume, recipe = given.pop("resume", None), given.pop("recipe", None)
     if resume is not None:
         return _resumed(resume, given, recipe), resume
+    return resolve(args), None
+
+
+def resolve(args: argparse.Namespace, default_recipe: str | None = "digits") -> Config:
+    """The configuration that the flags of ``add_run_flags`` ask for; what else was parsed is left alone.
+
+    ``default_recipe`` serves where neither data nor a recipe is named. Raises UserError for what the user can mend.
+    """
+    fields = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    recipe = getattr(args, "recipe", None)
     if recipe is None and not given.get("data_dir") and not given.get("csv"):
-        recipe = "digits"
+        recipe = default_recipe
     values = read_recipe(recipe) if recipe else {}
     config = Config.from_mapping(values | given, "the command line")
     require_fused(config, given.get("fused_scope"))
-    return config, None
+    return config
 
 
 def require_fused(config: Config, scope: str | None) -> None:
@@ -327,17 +346,27 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(prog: str, description: str) -> ArgumentParser:
+    """For a command that takes the flags of a training run (``add_run_flags``), with ``--recipe``.
+
+    A flag that is absent leaves no attribute, unless it is given a default.
+    """
     parser = ArgumentParser(
-        prog="python -m engine.train",
-        description="Train an image classifier on imbalanced data; without --data-dir or --csv on the embedded digits.",
+        prog=prog,
+        description=description,
         # absent flags must not hide what a recipe says
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", metavar="NAME|FILE", help="options from a built-in recipe or a YAML file")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Sequence[str] = ()) -> None:
+    """A flag for each field of `Config`, but for those that the command has a meaning of its own for."""
     for field in dataclasses.fields(Config):
+        if field.name in without:
+            continue
         default: Any = field.default
         argument = dict(field.metadata["argument"])
         names = [_spelled(field.name)] + ([field.metadata["short"]] if field.metadata["short"] else [])
@@ -350,4 +379,3 @@ def _parser() -> argparse.ArgumentParser:
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()
         parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)
-    return parser

@@ -168,7 +168,7 @@ def _mixing(config: Config, num_classes: int) -> Mixing:
     )
 
 
-def _augmentation(config: Config) -> Augmentation:
+def make_augmentation(config: Config) -> Augmentation:
     brightness, contrast, saturation, hue = config.color_jitter
     jitter = config.aug_prob if config.color_jitter_prob is None else config.color_jitter_prob
     return Augmentation(
@@ -196,7 +196,8 @@ def _augmentation(config: Config) -> Augmentation:
     )
 
 
-def _checked_data(config: Config) -> Splits:
+def open_run_data(config: Config) -> Splits:
+    """The splits, no image of which has been looked at. Raises UserError where --num-classes is not theirs."""
     splits = open_data(config)
     classes = len(splits.train.class_names)
     if config.num_classes not in (None, classes):
@@ -204,6 +205,11 @@ def _checked_data(config: Config) -> Splits:
             f"--num-classes {config.num_classes}, but the data has {classes} classes "
             f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
         )
+    return splits
+
+
+def _checked_data(config: Config) -> Splits:
+    splits = open_run_data(config)
     splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     print(splits.description)
     for file in bad:
@@ -215,41 +221,70 @@ def _build(
     config: Config, splits: Splits, device: torch.device, precision: Precision, *, starts_fresh: bool
 ) -> tuple[Training, nn.Module, Loader]:
     check_metric_name(config.eval_metric, len(splits.train.class_names))
-    model = create_model(config.model, num_classes=len(splits.train.class_names))
-    if starts_fresh and (config.pretrained or config.pretrained_path):
-        print(load_pretrained(model, config.model, config.pretrained_path))
-    if config.fused_se:
-        print(fuse(model, config))
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    loader = make_loader(
-        config.data_backend,
+    model = build_model(config, len(splits.train.class_names), device, starts_fresh=starts_fresh)
+    loader = make_train_loader(
+        config,
         splits.train,
-        batch_size=config.batch_size,
-        img_size=config.img_size,
-        device=device,
-        dtype=precision.input_dtype,
-        training=True,
-        sampler=WeightedSampler(
-            splits.train.labels,
-            len(splits.train.class_names),
-            sampling=config.sampling,
-            seed=config.seed,
-            alpha=config.sampling_alpha,
-            beta=config.sampling_beta,
-            weights=splits.train.weights,
-            epoch_size=config.epoch_size,
-            replacement=config.replacement,
-        ),
-        augmentation=_augmentation(config),
-        seed=config.seed,
-        max_bad_fraction=config.max_bad_fraction,
-        workers=config.workers,
+        device,
+        precision,
+        sampler=make_sampler(config, splits.train),
+        augmentation=make_augmentation(config),
     )
     optimizer = make_optimizer(model, config)
     steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
     training = Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), precision.scaler())
     weights = _class_weights(splits.train, device) if config.class_weights == "balanced" else None
     return training, nn.CrossEntropyLoss(weights, label_smoothing=config.smoothing), loader
+
+
+def build_model(config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool) -> nn.Module:
+    """On its device, fused as ``config`` says; where it ``starts_fresh``, with the weights that ``config`` names."""
+    model = create_model(config.model, num_classes=num_classes)
+    if starts_fresh and (config.pretrained or config.pretrained_path):
+        print(load_pretrained(model, config.model, config.pretrained_path))
+    if config.fused_se:
+        print(fuse(model, config))
+    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+
+
+def make_sampler(config: Config, samples: Samples) -> WeightedSampler:
+    return WeightedSampler(
+        samples.labels,
+        len(samples.class_names),
+        sampling=config.sampling,
+        seed=config.seed,
+        alpha=config.sampling_alpha,
+        beta=config.sampling_beta,
+        weights=samples.weights,
+        epoch_size=config.epoch_size,
+        replacement=config.replacement,
+    )
+
+
+def make_train_loader(
+    config: Config,
+    samples: Samples,
+    device: torch.device,
+    precision: Precision,
+    *,
+    sampler: WeightedSampler,
+    augmentation: Augmentation | None,
+) -> Loader:
+    """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
+    return make_loader(
+        config.data_backend,
+        samples,
+        batch_size=config.batch_size,
+        img_size=config.img_size,
+        device=device,
+        dtype=precision.input_dtype,
+        training=True,
+        sampler=sampler,
+        augmentation=augmentation,
+        seed=config.seed,
+        max_bad_fraction=config.max_bad_fraction,
+        workers=config.workers,
+    )
 
 
 def _class_weights(samples: Samples, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Samples, WeightedSampler
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DaliLoader, Samples, WeightedSampler
 from engine.errors import UserError
 from tests.data_helpers import CPU, make_loader, make_samples, picture, save
 
@@ -160,6 +160,17 @@ def test_an_abandoned_epoch_leaves_nothing_behind(samples):
         for _ in range(taken):
             next(batches)
         assert equal(list(loader.epoch(3)), whole)
+
+
+def test_one_pipeline_serves_every_epoch(samples, monkeypatch):
+    built = []
+    build = DaliLoader._build
+    monkeypatch.setattr(DaliLoader, "_build", lambda loader: built.append(loader) or build(loader))
+    loader = training_loader(samples)
+    list(loader.epoch(0))
+    next(loader.epoch(1))
+    list(loader.epoch(2))
+    assert built == [loader]
 
 
 def test_an_ended_epoch_says_so_and_does_not_mix_batches(samples):

@@ -126,7 +126,8 @@ class DaliLoader(Loader):
         self._feed.batches = iter(())
         try:
             while True:
-                self._pipeline.run()
+                self._pipeline.outputs(cuda_stream=self._stream())
+                self._pipeline.schedule_run()
         except StopIteration:
             self._pipeline.reset()
         except RuntimeError:
