@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,7 @@ from PIL import Image
 from engine.class_picture import save_class_counts
 from engine.cli import run
 from engine.config import ArgumentParser
-from engine.data.check import BadFile, find_links_out, probe_files
-from engine.data.folder import IMAGE_EXTENSIONS
+from engine.data.check import BadFile, find_links_out, find_odd_folders, probe_files
 from engine.data.leakage import Leakage, find_identical, find_leakage, find_shared_bytes
 from engine.data.listing import (
     Listing,
@@ -144,24 +142,11 @@ def _bad_files(args: argparse.Namespace, files: Sequence[str], probes: Sequence[
     bad = [BadFile(file, found.reason) for file, found in zip(files, probes, strict=True) if found.reason]
     root = Path(args.sources[0])
     if root.is_dir():
-        bad += _odd_entries(root)
+        bad += find_odd_folders(root)
         if not args.allow_links:
             known = {file.path for file in bad}
             bad += [file for file in find_links_out(files, root) if file.path not in known]
     return sorted(bad, key=lambda file: file.path)
-
-
-def _odd_entries(root: Path) -> list[BadFile]:
-    """Folders that are named like an image: a listing of images passes over them."""
-    odd: list[BadFile] = []
-    for parent, folders, _ in os.walk(root.absolute()):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        odd += [
-            BadFile(f"{parent}{os.sep}{name}", "folder that is named like an image")
-            for name in folders
-            if name.lower().endswith(IMAGE_EXTENSIONS)
-        ]
-    return odd
 
 
 def _leakage(
