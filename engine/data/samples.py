@@ -70,6 +70,10 @@ class Samples:
         """Images of each class: (num_classes,) int64."""
         return np.bincount(self.labels, minlength=len(self.class_names)).astype(np.int64)
 
+    def pictures(self) -> Sequence[str | np.ndarray]:
+        """The files, or arrays (H, W, 3)."""
+        return self.files if self.pixels is None else list(self.pixels)
+
     def subset(self, indices: Iterable[int]) -> Samples:
         """The images at ``indices``, in that order, under the same class names."""
         chosen = np.fromiter(indices, dtype=np.int64)
