@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from engine.data.decode import decode_image, read_header
+from engine.data.dicom import is_dicom
 from engine.data.probe import FORMATS, MAX_PIXELS
 
 Picture = str | np.ndarray
@@ -222,6 +224,8 @@ def _in_grey(picture: Picture) -> Image.Image:
     """Upright and in 8 bits. Raises nearly anything where it cannot be decoded."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture).convert("L")
+    if is_dicom(read_header(picture)):
+        return _in_grey(decode_image(picture))
     with Image.open(picture, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS} pixels")
