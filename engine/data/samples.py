@@ -83,9 +83,16 @@ class Samples:
             self.class_names,
             tuple(self.groups[i] for i in chosen) if self.groups is not None else None,
             self.weights[chosen] if self.weights is not None else None,
-            self.pixels[chosen] if self.pixels is not None else None,
+            _take(self.pixels, chosen) if self.pixels is not None else None,
             {name: Head(head.class_names, head.labels[chosen]) for name, head in self.heads.items()},
         )
+
+
+def _take(pixels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """A copy, so that the whole need not be kept; grey that is shown in three channels stays one channel in memory."""
+    if pixels.strides[3] == 0:
+        return np.broadcast_to(pixels[..., :1][chosen], (len(chosen), *pixels.shape[1:]))
+    return pixels[chosen]
 
 
 @dataclass(frozen=True)
