@@ -6,23 +6,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from engine.checkpoint import load_checkpoint, write_atomically
+from engine.checkpoint import write_atomically
 from engine.cli import run
-from engine.config import ArgumentParser, Config, require_fused
-from engine.data import DATA_BACKENDS, Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
+from engine.config import ArgumentParser, Config
+from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.fusion import fuse
 from engine.metrics import ClassificationMetrics, format_report
-from engine.models import create_model
-from engine.run import RunDirectory
+from engine.trained import add_model_flags, build_model, open_trained
 
 
 def main(argv: list[str] | None) -> None:
@@ -39,6 +36,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--output {args.output}: exists; name another file")
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
+    if args.max_bad_fraction is not None:
+        config = dataclasses.replace(config, max_bad_fraction=args.max_bad_fraction)
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
@@ -46,31 +45,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     precision = Precision(device, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, device, precision)
     return {"split": split, "epoch": checkpoint["epoch"], **score(model, loader, class_names, precision)}
-
-
-def open_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Config]:
-    """The checkpoint that the flags of `add_model_flags` name, and how it was trained, with what they change.
-
-    Raises UserError: there is no such checkpoint, or it is none.
-    """
-    path = _checkpoint_path(args.checkpoint, args.epoch)
-    checkpoint = load_checkpoint(path)
-    config = Config.from_mapping(checkpoint["args"], str(path))
-    names = ("batch_size", "workers", "data_backend", "max_bad_fraction", "fused_scope")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
-    require_fused(config, args.fused_scope)
-    return checkpoint, config
-
-
-def build_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
-    """The checkpoint's model on ``device``, ready to score, fused where ``config`` says so."""
-    model = create_model(config.model, num_classes=len(checkpoint["class_names"]))
-    model.load_state_dict(checkpoint["model"])
-    if config.fused_se:
-        print(fuse(model, config))
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    return model.eval()
 
 
 def open_data(config: Config) -> Splits:
@@ -102,57 +76,21 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
     )
 
 
+@torch.inference_mode()
 def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
     """The metrics of `engine.metrics` over one pass of the loader."""
+    model.eval()
     metrics: ClassificationMetrics | None = None
-    for logits, labels in compute_logits(model, loader, precision):
+    for images, labels in loader.epoch(0):
+        with precision.autocast():
+            logits = model(images)
         metrics = metrics or ClassificationMetrics(class_names, logits.device)
-        metrics.update(logits, labels)
+        metrics.update(logits.float(), labels)
     assert metrics is not None, "a loader holds at least one image"
     try:
         return metrics.compute()
     except ValueError as error:
         raise UserError(f"cannot score: {error}; train with a lower --lr or --amp-dtype bfloat16") from error
-
-
-@torch.inference_mode()
-def compute_logits(model: nn.Module, loader: Loader, precision: Precision) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, classes) in float32 and labels (B,), batch by batch of one pass of the loader, on its device."""
-    model.eval()
-    for images, labels in loader.epoch(0):
-        with precision.autocast():
-            logits = model(images)
-        yield logits.float(), labels
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What ``engine.evaluate`` and ``engine.predict`` have in common: which model, and how it runs."""
-    parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run (its best epoch) or one checkpoint")
-    parser.add_argument("--epoch", type=int, help="the weights of that epoch, where the run kept it (--keep-epochs)")
-    parser.add_argument("-b", "--batch-size", type=int, help="images a step")
-    parser.add_argument("--data-backend", choices=DATA_BACKENDS, help="what reads images; as in the run without it")
-    parser.add_argument("-j", "--workers", type=int, help="threads that read and decode images")
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu; cuda where there is one")
-    parser.add_argument("--fused-se", action="store_true", help="use the fused operators; as the run did without it")
-    parser.add_argument("--fused-scope", choices=("block", "tail"), help="what is fused; as in the run without it")
-
-
-def _checkpoint_path(name: str, epoch: int | None) -> Path:
-    path = Path(name)
-    if not path.is_dir():
-        if epoch is not None:
-            raise UserError(f"--epoch {epoch} goes with a run directory, and {name} is a file")
-        return path
-    run_dir = RunDirectory(path)
-    if epoch is None:
-        if not run_dir.best.exists():
-            raise UserError(f"{name}: holds no best.pt; name a run directory of engine.train, or a checkpoint")
-        return run_dir.best
-    if not run_dir.epoch_checkpoint(epoch).exists():
-        raise UserError(
-            f"--epoch {epoch}: {name} does not keep that epoch; epochs are kept by engine.train --keep-epochs"
-        )
-    return run_dir.epoch_checkpoint(epoch)
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:

@@ -25,12 +25,13 @@ from engine.data.listing import printable, write_all
 from engine.data.unlabelled import Unlabelled, find_images
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.evaluate import add_model_flags, build_model, compute_logits, make_eval_loader, open_trained
+from engine.evaluate import make_eval_loader
 from engine.tables import format_table
+from engine.trained import add_model_flags, build_model, open_trained
 
 
 @dataclass(frozen=True, eq=False)
-class Predictions:
+class Predicted:
     """What a classifier says of n images.
 
     Attributes:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None) -> int:
 
 def predict(
     model: nn.Module, class_names: tuple[str, ...], images: Unlabelled, config: Config, device: torch.device
-) -> Predictions:
+) -> Predicted:
     """Shows ``model`` every image as scoring does, in ``config``'s size and precision, with progress bars on stderr.
 
     Raises UserError where a probability is not a number.
@@ -75,12 +76,12 @@ def predict(
     probes = zip(opened, probe_files(opened, workers=config.workers), strict=True)
     reasons |= {file: printable(found.reason) for file, found in probes if found.reason is not None}
 
-    probabilities = np.full((len(files), len(class_names)), np.nan, dtype=np.float32)
     readable = [i for i, file in enumerate(files) if file not in reasons]
+    probabilities = np.full((len(files), len(class_names)), np.nan, dtype=np.float32)
     if readable:
-        lost = _fill(probabilities, model, [files[i] for i in readable], readable, config, device)
-        reasons |= {files[i]: reason for i, reason in lost.items()}
-    return Predictions(
+        probabilities[readable], lost = _look_at([files[i] for i in readable], model, len(class_names), config, device)
+        reasons |= lost
+    return Predicted(
         tuple(images.names.values()),
         class_names,
         probabilities,
@@ -88,14 +89,14 @@ def predict(
     )
 
 
-def format_csv(found: Predictions) -> str:
-    """A row for each image: filename, label (the likeliest class), prob_CLASS for each class, error.
+def format_csv(found: Predicted) -> str:
+    """A row for each image: filename, prediction (the likeliest class), prob_CLASS for each class, error.
 
-    Where an image cannot be read, the label and the probabilities are empty and the error says why; else that is empty.
+    Where an image cannot be read, prediction and probabilities are empty and the error says why; else that is empty.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["filename", "label", *(f"prob_{name}" for name in found.class_names), "error"])
+    writer.writerow(["filename", "prediction", *(f"prob_{name}" for name in found.class_names), "error"])
     for i, (name, row) in enumerate(zip(found.names, found.probabilities, strict=True)):
         if i in found.reasons:
             fields = ["", *[""] * len(row), found.reasons[i]]
@@ -105,32 +106,30 @@ def format_csv(found: Predictions) -> str:
     return text.getvalue()
 
 
-def _fill(
-    probabilities: np.ndarray,
-    model: nn.Module,
-    files: Sequence[str],
-    rows: Sequence[int],
-    config: Config,
-    device: torch.device,
-) -> dict[int, str]:
-    """Fills ``rows`` with the probabilities of ``files``; why a row was not, where a file has gone bad meanwhile."""
+@torch.inference_mode()
+def _look_at(
+    files: Sequence[str], model: nn.Module, num_classes: int, config: Config, device: torch.device
+) -> tuple[np.ndarray, dict[str, str]]:
+    """(n, num_classes) float32 probabilities, and the files that have gone bad meanwhile with the reason."""
     precision = Precision(device, config.amp, config.amp_dtype)
-    # A class for each file: the labels of a batch then tell which files it holds.
+    # With a class for each file, the labels of a batch tell which files it holds.
     samples = Samples(tuple(files), np.arange(len(files)), tuple(files))
     loader = make_eval_loader(samples, dataclasses.replace(config, max_bad_fraction=1.0), device, precision)
+    probabilities = np.full((len(files), num_classes), np.nan, dtype=np.float32)
     with tqdm(total=len(files), desc="predicting", unit="img", leave=False, disable=None) as bar:
-        for logits, which in compute_logits(model, loader, precision):
-            shown = which.cpu().numpy()
-            found = logits.softmax(dim=1).cpu().numpy()
-            if not np.isfinite(found).all():
-                first = files[shown[~np.isfinite(found).all(axis=1)][0]]
+        for images, labels in loader.epoch(0):
+            with precision.autocast():
+                logits = model(images)
+            shown = labels.cpu().numpy()
+            probabilities[shown] = logits.float().softmax(dim=1).cpu().numpy()
+            bad = shown[np.isnan(probabilities[shown]).any(axis=1)]
+            if len(bad):
                 raise UserError(
-                    f"the model's output for {printable(first)} is not a number: train with a lower --lr or "
+                    f"the model's output for {printable(files[bad[0]])} is not a number: train with a lower --lr or "
                     "--amp-dtype bfloat16"
                 )
-            probabilities[np.asarray(rows)[shown]] = found
             bar.update(len(shown))
-    return {rows[i]: printable(reason) for i, reason in loader.reasons_lost.items()}
+    return probabilities, {files[i]: printable(reason) for i, reason in loader.reasons_lost.items()}
 
 
 def _free_output(output: Path, *, force: bool) -> Path:
@@ -145,7 +144,7 @@ def _free_output(output: Path, *, force: bool) -> Path:
     return output
 
 
-def _format_counts(found: Predictions) -> str:
+def _format_counts(found: Predicted) -> str:
     good = np.delete(found.probabilities, list(found.reasons), axis=0)
     counts = np.bincount(good.argmax(axis=1), minlength=len(found.class_names))
     lines: list[list[Any]] = [["class", "images"]]
@@ -165,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     parser.add_argument("images", metavar="IMAGE|DIR", nargs="+", help="images, and folders of images at any depth")
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="table to write: filename,label,prob_CLASS,...,error"
+        "--output", metavar="FILE", required=True, help="table to write: filename,prediction,prob_CLASS,...,error"
     )
     parser.add_argument("--force", action="store_true", help="replace --output where it exists")
     parser.add_argument("--allow-links", action="store_true", help="follow links that lead out of a folder")

@@ -21,7 +21,7 @@ from engine.data.probe import Probe
 from engine.data.unlabelled import find_images
 from engine.device import Precision
 from engine.errors import UserError
-from engine.evaluate import compute_logits, make_eval_loader
+from engine.evaluate import make_eval_loader
 from engine.models import create_model
 from tests.data_helpers import CPU, picture, save
 from tests.image_corpus import WIDTH, make_bad, make_good
@@ -81,7 +81,7 @@ def test_the_whole_corpus_is_predicted_or_listed(tmp_path, capsys):
     good, bad = make_good(tmp_path / "x" / "good"), make_bad(tmp_path / "x" / "bad")
     checkpoint = write_checkpoint(tmp_path / "best.pt", img_size=WIDTH)
     rows = predicted(checkpoint, tmp_path / "x", "--output", tmp_path / "new" / "p.csv", status=1)
-    assert list(rows[0]) == ["filename", "label", *(f"prob_{name}" for name in NAMES), "error"]
+    assert list(rows[0]) == ["filename", "prediction", *(f"prob_{name}" for name in NAMES), "error"]
     expected = sorted(file.path for file in [*good, *bad])
     assert [row["filename"] for row in rows] == [printable(path) for path in expected]
 
@@ -105,7 +105,7 @@ def test_the_whole_corpus_is_predicted_or_listed(tmp_path, capsys):
         found = probabilities([row])[0]
         tolerance = 1e-4 if file.pixels is not None else 0.02  # JPEG decoders differ by two levels
         np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=file.path)
-        assert row["label"] == NAMES[found.argmax()]
+        assert row["prediction"] == NAMES[found.argmax()]
         assert row["error"] == ""
     exact = probabilities([of[printable(file.path)] for file in good if file.pixels is not None])
     assert np.ptp(exact, axis=0).max() > 0.01  # not the same answer whatever is shown
@@ -123,7 +123,8 @@ def test_probabilities_are_those_that_evaluation_scores(tmp_path):
     precision = Precision(CPU, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, CPU, precision)
     model = predict.build_model(load_checkpoint(checkpoint), config, CPU)
-    logits = torch.cat([logits for logits, _ in compute_logits(model, loader, precision)])
+    with torch.inference_mode(), precision.autocast():
+        logits = torch.cat([model(images).float() for images, _ in loader.epoch(0)])
     assert [row["filename"] for row in rows] == list(samples.files)
     assert len(rows) == 6
     np.testing.assert_array_equal(probabilities(rows), logits.softmax(dim=1).numpy())
@@ -173,7 +174,7 @@ def test_a_file_that_goes_bad_after_the_check_is_listed(images, tmp_path, checkp
     monkeypatch.setattr(predict, "probe_files", before_it_went_bad)
     rows = predicted(checkpoint, images, "--output", tmp_path / "p.csv", status=1)
     assert [row["error"].partition(" (")[0] for row in rows] == ["", "not an image of a known kind", "", ""]
-    assert [row["label"] == "" for row in rows] == [False, True, False, False]
+    assert [row["prediction"] == "" for row in rows] == [False, True, False, False]
 
 
 def test_nothing_that_can_be_read_is_still_a_table(tmp_path, checkpoint, capsys):
