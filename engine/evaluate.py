@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.checkpoint import load_checkpoint, write_atomically
+from engine.checkpoint import write_atomically
 from engine.cli import run
-from engine.config import ArgumentParser, Config, require_fused
+from engine.config import ArgumentParser, Config
 from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.fusion import fuse
 from engine.metrics import ClassificationMetrics, format_report
-from engine.models import create_model
-from engine.run import RunDirectory
+from engine.trained import add_model_flags, build_model, open_trained
 
 
 def main(argv: list[str] | None) -> None:
@@ -37,24 +35,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.output and Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists; name another file")
     device = pick_device(args.device)
-    path = _checkpoint_path(args.checkpoint, args.epoch)
-    checkpoint = load_checkpoint(path)
-    config = Config.from_mapping(checkpoint["args"], str(path))
-    changes = {
-        name: getattr(args, name)
-        for name in ("batch_size", "workers", "max_bad_fraction", "fused_scope")
-        if getattr(args, name) is not None
-    }
-    config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
-    require_fused(config, args.fused_scope)
+    checkpoint, config = open_trained(args)
+    if args.max_bad_fraction is not None:
+        config = dataclasses.replace(config, max_bad_fraction=args.max_bad_fraction)
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
-    model = create_model(config.model, num_classes=len(class_names))
-    model.load_state_dict(checkpoint["model"])
-    if config.fused_se:
-        print(fuse(model, config))
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    model = build_model(checkpoint, config, device)
     precision = Precision(device, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, device, precision)
     return {"split": split, "epoch": checkpoint["epoch"], **score(model, loader, class_names, precision)}
@@ -106,24 +93,6 @@ def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precis
         raise UserError(f"cannot score: {error}; train with a lower --lr or --amp-dtype bfloat16") from error
 
 
-def _checkpoint_path(name: str, epoch: int | None) -> Path:
-    path = Path(name)
-    if not path.is_dir():
-        if epoch is not None:
-            raise UserError(f"--epoch {epoch} goes with a run directory, and {name} is a file")
-        return path
-    run_dir = RunDirectory(path)
-    if epoch is None:
-        if not run_dir.best.exists():
-            raise UserError(f"{name}: holds no best.pt; name a run directory of engine.train, or a checkpoint")
-        return run_dir.best
-    if not run_dir.epoch_checkpoint(epoch).exists():
-        raise UserError(
-            f"--epoch {epoch}: {name} does not keep that epoch; epochs are kept by engine.train --keep-epochs"
-        )
-    return run_dir.epoch_checkpoint(epoch)
-
-
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
     """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
@@ -146,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m engine.evaluate", description="Score a trained classifier.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run (its best epoch) or one checkpoint")
+    add_model_flags(parser)
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
         "--data-dir",
@@ -157,13 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--csv", metavar="FILE", help="manifest with the columns filename,label; with split, its rows of test"
     )
     parser.add_argument("--max-bad-fraction", type=float, help="largest share of unreadable images that is accepted")
-    parser.add_argument("--epoch", type=int, help="score that epoch, where the run kept it (--keep-epochs)")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")
-    parser.add_argument("-b", "--batch-size", type=int, help="images a step")
-    parser.add_argument("-j", "--workers", type=int, help="threads that read and decode images")
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu; cuda where there is one")
-    parser.add_argument("--fused-se", action="store_true", help="use the fused operators; as the run did without it")
-    parser.add_argument("--fused-scope", choices=("block", "tail"), help="what is fused; as in the run without it")
     return parser
 
 

@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ from PIL import Image
 from engine.class_picture import save_class_counts
 from engine.cli import run
 from engine.config import ArgumentParser
-from engine.data.check import BadFile, find_links_out, probe_files
-from engine.data.folder import IMAGE_EXTENSIONS
-from engine.data.leakage import Leakage, find_identical, find_leakage, find_shared_bytes
+from engine.data.check import ARRAY, BadFile, find_links_out, find_odd_folders, probe_samples
+from engine.data.leakage import Leakage, Picture, find_copies, find_identical, find_leakage, find_shared_bytes
 from engine.data.listing import (
     Listing,
     join_listings,
     printable,
+    read_array_parts,
     read_groups,
     read_listing,
     read_manifest_parts,
@@ -33,6 +32,7 @@ from engine.data.listing import (
     write_all,
 )
 from engine.data.probe import Probe
+from engine.data.splits import holds_arrays
 from engine.errors import UserError
 from engine.image_flags import add_image_flags
 from engine.tables import SHOWN, count_classes, describe_leaks, format_counts, format_leaks, format_table
@@ -46,13 +46,16 @@ def main(argv: list[str] | None) -> int:
     parts = _open(args)
     everything = join_listings(list(parts.values()))
     where = [name for name, part in parts.items() for _ in part.names]
+    number = np.unique(where, return_inverse=True)[1]
     groups = _groups(everything, args)
 
-    probes = probe_files(everything.samples.files, workers=args.workers)
+    probes = [found for part in parts.values() for found in probe_samples(part.samples, workers=args.workers)]
     bad = _bad_files(args, everything.samples.files, probes)
-    identical = find_identical(everything.samples.files, workers=args.workers)
+    pictures = [picture for part in parts.values() for picture in part.samples.pictures()]
+    identical = find_identical(pictures, workers=args.workers)
     contradictions = find_shared_bytes(identical, everything.samples.labels)
-    leakage = _leakage(args, everything, where, groups, identical) if len(parts) > 1 else Leakage([], [], 0)
+    copies = find_copies(identical, number)
+    leakage = _leakage(args, pictures, number, groups, identical) if len(parts) > 1 else Leakage([], [], 0)
     counts = count_classes(parts)
     part_of = dict(zip(everything.samples.files, where, strict=True))
     facts = describe_images(everything.samples.files, probes)
@@ -65,6 +68,7 @@ def main(argv: list[str] | None) -> int:
     for title, leaks in (
         ("same image under two labels", contradictions),
         ("on two sides", leakage.shared),
+        ("more than once on one side", copies),
         ("near-duplicates on two sides", leakage.near),
     ):
         if leaks:
@@ -76,6 +80,7 @@ def main(argv: list[str] | None) -> int:
             "classes": counts,
             **facts,
             "contradictions": describe_leaks(contradictions, everything.names, where),
+            "copies": describe_leaks(copies, everything.names, where),
             "shared": describe_leaks(leakage.shared, everything.names, where),
             "near_duplicates": describe_leaks(leakage.near, everything.names, where),
         }
@@ -91,13 +96,15 @@ def describe_images(files: Sequence[str], probes: Sequence[Probe]) -> dict[str, 
     measures = {
         "width": [found.width for _, found in good],
         "height": [found.height for _, found in good],
-        "bytes": [_size(file) for file, _ in good],
+        "bytes": [_size(file) for file, found in good if found.format != ARRAY],
     }
     return {
         **{name: [min(v), float(np.median(v)), max(v)] if v else None for name, v in measures.items()},
         "formats": dict(Counter(found.format for _, found in good).most_common()),
         "modes": dict(Counter(found.mode for _, found in good).most_common()),
-        "named_otherwise": sum(known.get(Path(file).suffix.lower()) != found.format for file, found in good),
+        "named_otherwise": sum(
+            found.format not in (ARRAY, known.get(Path(file).suffix.lower())) for file, found in good
+        ),
     }
 
 
@@ -115,7 +122,14 @@ def _open(args: argparse.Namespace) -> dict[str, Listing]:
     sources = [Path(name) for name in args.sources]
     absent = [source for source in sources if not source.exists()]
     if absent:
-        raise UserError(f"{printable(str(absent[0]))} does not exist: name a folder of images or manifests (CSV)")
+        raise UserError(
+            f"{printable(str(absent[0]))} does not exist: name a folder of images, manifests (CSV) or arrays"
+        )
+    arrays = [source for source in sources if holds_arrays(source)]
+    if arrays:
+        if len(sources) > 1:
+            raise UserError(f"{arrays[0]} holds images as arrays, and all their sets: name it alone")
+        return read_array_parts(arrays[0])
     if sources[0].is_dir():
         if len(sources) > 1:
             raise UserError(f"{sources[0]} is a folder: name it alone, or manifests")
@@ -143,37 +157,24 @@ def _groups(everything: Listing, args: argparse.Namespace) -> list[str] | None:
 def _bad_files(args: argparse.Namespace, files: Sequence[str], probes: Sequence[Probe]) -> list[BadFile]:
     bad = [BadFile(file, found.reason) for file, found in zip(files, probes, strict=True) if found.reason]
     root = Path(args.sources[0])
-    if root.is_dir():
-        bad += _odd_entries(root)
+    if root.is_dir() and not any(found.format == ARRAY for found in probes):
+        bad += find_odd_folders(root)
         if not args.allow_links:
             known = {file.path for file in bad}
             bad += [file for file in find_links_out(files, root) if file.path not in known]
     return sorted(bad, key=lambda file: file.path)
 
 
-def _odd_entries(root: Path) -> list[BadFile]:
-    """Folders that are named like an image: a listing of images passes over them."""
-    odd: list[BadFile] = []
-    for parent, folders, _ in os.walk(root.absolute()):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        odd += [
-            BadFile(f"{parent}{os.sep}{name}", "folder that is named like an image")
-            for name in folders
-            if name.lower().endswith(IMAGE_EXTENSIONS)
-        ]
-    return odd
-
-
 def _leakage(
     args: argparse.Namespace,
-    everything: Listing,
-    where: Sequence[str],
+    pictures: Sequence[Picture],
+    part: np.ndarray,
     groups: list[str] | None,
     identical: Sequence[Sequence[int]],
 ) -> Leakage:
     return find_leakage(
-        everything.samples.files,
-        np.unique(where, return_inverse=True)[1],
+        pictures,
+        part,
         groups=groups,
         identical=identical,
         near_distance=args.near_distance,
@@ -215,7 +216,12 @@ def _parser() -> argparse.ArgumentParser:
         "Exit status: 0 all is well, 1 something is wrong with the images, 2 with the command.",
         allow_abbrev=False,
     )
-    parser.add_argument("sources", metavar="DIR|CSV", nargs="+", help="a folder, or the manifests of one experiment")
+    parser.add_argument(
+        "sources",
+        metavar="DIR|CSV|NPZ",
+        nargs="+",
+        help="a folder, the manifests of one experiment, CIFAR's files or an NPZ file",
+    )
     parser.add_argument("--output", metavar="DIR", help=f"folder for {BAD_FILES}, {SUMMARY} and {PICTURE}")
     add_image_flags(parser)
     return parser

@@ -11,7 +11,8 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 
 
 def write_dicom(path: Path, stored: np.ndarray, *, bits: int | None = None, **elements: Any) -> str:
-    """``stored``: integers as in the file, (H, W), or (H, W, 3) for colour; ``elements`` by their keywords."""
+    """``stored``: integers as in the file, (H, W), or (H, W, 3) for colour; ``elements`` by their keywords,
+    or (tag, VR, value) under any."""
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -29,7 +30,10 @@ def write_dicom(path: Path, stored: np.ndarray, *, bits: int | None = None, **el
     data.PixelRepresentation = int(stored.dtype.kind == "i")
     data.PixelData = stored.tobytes() + bytes(stored.nbytes % 2)
     for name, value in elements.items():
-        setattr(data, name, value)
+        if isinstance(value, tuple):
+            data.add_new(*value)
+        else:
+            setattr(data, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     data.save_as(path, enforce_file_format=True)
     return str(path)

@@ -178,7 +178,9 @@ def test_a_subset_of_arrays_keeps_each_image_with_its_label():
     """And grey arrays that show one channel three times are taken."""
     grey = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 5, 5, 3))
     samples = Samples(tuple("abcdefg"), np.arange(7), tuple("abcdefg"), pixels=grey)
-    images, labels = next(make_loader(samples.subset([4, 2])).epoch(0))
+    subset = samples.subset([4, 2])
+    assert subset.pixels.base.nbytes == 2 * 5 * 5
+    images, labels = next(make_loader(subset).epoch(0))
     np.testing.assert_allclose((images * 255).mean(dim=(1, 2, 3)), [4, 2], atol=1e-4)
     assert labels.tolist() == [4, 2]
 

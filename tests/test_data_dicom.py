@@ -11,7 +11,9 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.tag import Tag
 from pydicom.uid import JPEGBaseline8Bit
 
 from engine import train
@@ -44,6 +46,16 @@ def window(values: np.ndarray, center: float, width: float) -> np.ndarray:
         else:
             out[place] = ((x - (center - 0.5)) / (width - 1) + 0.5) * 255
     return np.rint(out).astype(int)
+
+
+def table(entries: list[int], first: int = 0, bits: int = 16, number: int | None = None) -> Dataset:
+    """An item of a sequence of lookup tables."""
+    item = Dataset()
+    item.add_new(
+        "LUTDescriptor", "SS" if first < 0 else "US", [len(entries) if number is None else number, first, bits]
+    )
+    item.add_new("LUTData", "US", entries)
+    return item
 
 
 @pytest.fixture
@@ -85,6 +97,86 @@ def test_monochrome1_is_inverted(path):
     assert inverted[0, 0] == 255
 
 
+def test_a_voi_table_counts_before_a_window_and_after_the_rescaling(path):
+    """Values outside of it have its first and its last entry."""
+    squares = [i * i for i in range(256)]
+    stored = np.arange(-100, 300, dtype=np.int16).reshape(20, 20)
+    values = np.clip(stored * 2.0 - 60, 0, 255)
+    told = {"RescaleSlope": "2", "RescaleIntercept": "-60", "WindowCenter": "0", "WindowWidth": "9"}
+    found = shown(path, stored, VOILUTSequence=[table(squares), table(squares[::-1])], **told)
+    np.testing.assert_array_equal(found, np.rint(values**2 / 65535 * 255))
+    for first in (-100, 2**16 - 100):  # the second as a reader gives it that takes it for unsigned
+        shifted = shown(path, stored, VOILUTSequence=[table(squares, first=first)])
+        np.testing.assert_array_equal(shifted, np.rint(np.clip(stored + 100.0, 0, 255) ** 2 / 65535 * 255))
+
+
+def test_a_table_of_eight_bits_may_have_more_entries_than_that(path):
+    stored = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    entries = [i // 16 for i in range(4096)]
+    np.testing.assert_array_equal(shown(path, stored, VOILUTSequence=[table(entries, bits=8)]), stored // 16)
+    packed = table([0], bits=8, number=4096)
+    packed.add_new("LUTData", "OW", bytes(entries))
+    np.testing.assert_array_equal(shown(path, stored, VOILUTSequence=[packed]), stored // 16)
+
+
+def test_a_modality_table_stands_in_place_of_the_rescaling(path):
+    stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    entries = [40000 - 100 * i for i in range(256)]
+    told = {"ModalityLUTSequence": [table(entries)], "WindowCenter": "30000", "WindowWidth": "9000"}
+    np.testing.assert_array_equal(shown(path, stored, **told), window(40000 - 100 * stored.astype(int), 30000, 9000))
+
+
+@pytest.mark.parametrize("value", [-2000, 63536])  # the same sixteen bits, taken for unsigned
+def test_padding_is_black_and_not_in_the_images_own_range(path, value):
+    stored = STORED.copy()
+    stored[:8] = -2000
+    padding = Tag("PixelPaddingValue"), "SS" if value < 0 else "US", value
+    expected = np.rint((STORED - STORED[8, 0]) / (STORED.max() - STORED[8, 0]) * 255)
+    expected[:8] = 0
+    np.testing.assert_array_equal(shown(path, stored, padding=padding), expected)
+    inverted = shown(path, stored, padding=padding, PhotometricInterpretation="MONOCHROME1")
+    assert (inverted[:8] == 0).all()
+    assert inverted[8, 0] == 255
+    limit = Tag("PixelPaddingRangeLimit"), "SS", int(STORED[9, -1])
+    in_range = shown(path, stored, padding=padding, limit=limit)
+    assert (in_range[:10] == 0).all()
+    assert (in_range[10:] > 0).sum() > 50 * 64
+    nothing_else = shown(path, np.full((4, 4), -2000, np.int16), padding=padding)
+    assert (nothing_else == 0).all()
+
+
+@pytest.mark.parametrize(("bits", "first"), [(8, 0), (16, 0), (16, 5)])
+def test_a_palette_gives_the_colours_of_its_tables(path, bits, first):
+    colours = np.random.default_rng(bits).integers(0, 256, (200, 3)).astype(np.uint8)
+    stored = np.arange(255, dtype=np.uint8).reshape(15, 17)
+    found = decode_image(write_dicom(path, stored, **palette(colours, bits, first)))
+    np.testing.assert_array_equal(found, colours[np.clip(stored.astype(int) - first, 0, 199)])
+
+
+def test_a_palette_in_segments_gives_the_same(path):
+    """A discrete segment of two entries, then a linear one of 254 to the last."""
+    stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    elements = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for i, colour in enumerate(("Red", "Green", "Blue")):
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        segments = np.array([0, 2, 0, 257, 1, 254, 65535 if i else 257], dtype="<u2")
+        elements[f"Segmented{colour}PaletteColorLookupTableData"] = segments.tobytes()
+    found = decode_image(write_dicom(path, stored, **elements))
+    np.testing.assert_allclose(found[..., 1], stored, atol=1)
+    np.testing.assert_array_equal(found[..., 2], found[..., 1])
+    np.testing.assert_array_equal(found[..., 0], np.minimum(stored, 1))
+
+
+def palette(colours: np.ndarray, bits: int, first: int) -> dict[str, object]:
+    """The elements of a palette, for ``write_dicom``."""
+    elements: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for i, colour in enumerate(("Red", "Green", "Blue")):
+        entries = colours[:, i] if bits == 8 else colours[:, i].astype("<u2") * 257
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [len(colours), first, bits]
+        elements[f"{colour}PaletteColorLookupTableData"] = entries.tobytes()
+    return elements
+
+
 def test_colour_is_taken_as_it_is_or_by_its_full_range(path):
     rgb = picture(12, 10)
     np.testing.assert_array_equal(decode_image(write_dicom(path, rgb)), rgb)
@@ -109,7 +201,9 @@ def test_colour_in_jpeg_is_turned_into_rgb(path):
     ("stored", "elements", "message"),
     [
         (np.zeros((3, 4, 4), np.uint8), {"NumberOfFrames": "3"}, "DICOM of 3 frames: save each frame"),
-        (STORED, {"PhotometricInterpretation": "PALETTE COLOR"}, "photometric interpretation PALETTE COLOR"),
+        (STORED, {"PhotometricInterpretation": "HSV"}, "photometric interpretation HSV"),
+        (STORED, {"PhotometricInterpretation": "PALETTE COLOR"}, "DICOM without RedPaletteColorLookupTableDescriptor"),
+        (STORED, {"VOILUTSequence": [table([1, 2, 3], number=4)]}, "table of 3 entries, which should have 4"),
         (STORED, {"Rows": 60000, "Columns": 60000}, "60000 x 60000 pixels, not between 1 and"),
         (STORED, {"Rows": 65}, "less than expected"),
         (STORED, {"WindowCenter": "1", "WindowWidth": "0"}, "window of width 0"),

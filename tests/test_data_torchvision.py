@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.cli import run
 from engine.data import Augmentation, TorchvisionLoader, WeightedSampler
+from engine.data.torchvision_loader import _end_with_parent
 from engine.errors import UserError
 from tests.data_helpers import make_loader, make_samples
 
@@ -66,3 +73,61 @@ def test_a_crop_of_a_file_that_is_no_image_is_refused_by_its_name(tmp_path):
     Path(samples.files[4]).write_bytes(b"no image")
     with pytest.raises(UserError, match=samples.files[4]):
         training_loader(samples, sampler=None)
+
+
+def processes_of(loader: TorchvisionLoader) -> list[int]:
+    return [worker.pid for worker in loader._loader._iterator._workers]
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_no_worker_outlives_an_error(tmp_path):
+    samples = make_samples(tmp_path, (9, 4, 2))
+    Path(samples.files[3]).write_bytes(b"no image")
+    workers: list[int] = []
+
+    def command(argv):
+        loader = make_loader(samples, pipeline=TorchvisionLoader)
+        batches = loader.epoch(0)
+        workers.extend(processes_of(loader))
+        list(batches)
+
+    assert run(command) == 2
+    assert len(workers) == 2
+    assert not any(map(is_running, workers))
+
+
+def start_a_worker_and_wait(alive: Connection) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=wait_for_work)
+    worker.start()
+    alive.send(worker.pid)
+    time.sleep(600)
+
+
+def wait_for_work() -> None:
+    _end_with_parent(0)
+    time.sleep(600)
+
+
+def test_no_worker_outlives_a_killed_run(samples):
+    """A pipe says when it has no writer any more: when both the process and its worker are gone."""
+    assert training_loader(samples)._loader.worker_init_fn is _end_with_parent
+    context = multiprocessing.get_context("forkserver")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=start_a_worker_and_wait, args=(writer,))
+    process.start()
+    writer.close()
+    worker = reader.recv()
+    process.kill()
+    process.join()
+    if not reader.poll(60):
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("it waits for work that nobody sends")
+    with pytest.raises(EOFError):
+        reader.recv()

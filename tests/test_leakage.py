@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.data.leakage import (
     hash_pictures,
 )
 from tests.data_helpers import picture, save
+from tests.dicom_files import write_dicom
 
 
 def natural(seed: int, size: int = 160) -> np.ndarray:
@@ -130,6 +132,30 @@ def test_what_cannot_be_decoded_has_no_hash(tmp_path, monkeypatch):
     monkeypatch.setattr(leakage, "MAX_PIXELS", 399)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert not hash_pictures([good], workers=1).any()
+
+
+def test_a_dicom_file_has_the_hash_of_what_it_shows(tmp_path):
+    shown = natural(5)
+    stored = shown.astype(np.uint16) * 16 + 1000
+    files = [
+        write_dicom(tmp_path / "x.dcm", stored, WindowCenter="3040", WindowWidth="4081"),
+        write_dicom(
+            tmp_path / "inverted",
+            stored,
+            WindowCenter="3040",
+            WindowWidth="4081",
+            PhotometricInterpretation="MONOCHROME1",
+        ),
+        save(tmp_path / "x.png", shown),
+    ]
+    dicom, inverted, png = hash_pictures(files, workers=1)
+    assert distances(dicom, png) <= leakage.NEAR_DISTANCE
+    assert distances(dicom, inverted) > 50
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert not hash_pictures([str(tmp_path / "pipe.png")], workers=1).any()
 
 
 def test_what_is_shared_is_not_reported_as_near_too(tmp_path):

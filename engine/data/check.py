@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from engine.data import probe as pillow
 from engine.data.dali_decoder import Decoder, import_dali
-from engine.data.folder import target_outside
+from engine.data.folder import IMAGE_EXTENSIONS, target_outside
 from engine.data.probe import Probe
 from engine.data.samples import Samples, Splits, shorten
 from engine.data.verdicts import Verdicts, stamp
 from engine.errors import UserError
 
+ARRAY = "array"
 _FILES_AT_ONCE = 1024
 
 
@@ -74,6 +75,15 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
     return probes
 
 
+def probe_samples(samples: Samples, *, workers: int) -> list[Probe]:
+    """``probe_files``, or of arrays the same facts under the format ``ARRAY``: there is nothing to decode."""
+    if samples.pixels is None:
+        return probe_files(samples.files, workers=workers)
+    _, height, width, _ = samples.pixels.shape
+    is_grey = samples.pixels.strides[3] == 0
+    return [Probe(None, ARRAY, "L" if is_grey else "RGB", width, height)] * len(samples)
+
+
 def check_images(samples: Samples, *, workers: int) -> list[BadFile]:
     """The files that fail ``probe_files``, in order.
 
@@ -91,8 +101,24 @@ def find_links_out(files: Sequence[str], root: Path) -> list[BadFile]:
     Whoever may write into the folder could otherwise have any image of the machine read and shown in a report.
     """
     top = os.path.realpath(root)
-    targets = ((file, target_outside(file, top)) for file in files)
-    return [BadFile(file, f"link to {target}, outside of {root}") for file, target in targets if target is not None]
+    return [describe_link_out(file, root) for file in files if target_outside(file, top) is not None]
+
+
+def describe_link_out(link: str, root: Path) -> BadFile:
+    return BadFile(link, f"link to {os.path.realpath(link)}, outside of {root}")
+
+
+def find_odd_folders(root: Path) -> list[BadFile]:
+    """Folders below ``root`` that are named like an image: a listing of images passes over them."""
+    odd: list[BadFile] = []
+    for parent, folders, _ in os.walk(root.absolute()):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        odd += [
+            BadFile(f"{parent}{os.sep}{name}", "folder that is named like an image")
+            for name in folders
+            if name.lower().endswith(IMAGE_EXTENSIONS)
+        ]
+    return odd
 
 
 def _judges() -> str:

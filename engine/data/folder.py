@@ -75,7 +75,7 @@ def _read_train(folder: Path, within: Path | None) -> Samples:
 def _files_by_class(folder: Path, within: Path | None) -> dict[str, list[str]]:
     root = None if within is None else os.path.realpath(within)
     _require_within(str(folder), root)
-    files = {class_folder.name: _images_below(class_folder, root) for class_folder in _visible_folders(folder)}
+    files = {class_folder.name: _images_within(class_folder, root) for class_folder in _visible_folders(folder)}
     if not files:
         if any(_is_image(str(path)) for path in folder.iterdir()):
             raise UserError(f"{folder} holds images but no class folders: put each in {folder}/CLASS/, or use --csv")
@@ -99,12 +99,25 @@ def _label(folder: Path, files: Mapping[str, list[str]], class_names: tuple[str,
     return Samples(tuple(file for name in ordered for file in files[name]), labels.astype(np.int64), class_names)
 
 
-def _images_below(folder: Path, root: str | None) -> list[str]:
-    """Sorted; links are followed, but not out of the folder ``root``."""
-    found: list[str] = []
+def _images_within(folder: Path, root: str | None) -> list[str]:
+    """Raises UserError at a link that leads out of ``root``."""
+    _require_within(str(folder), root)
+    images, links_out = images_below(folder, root)
+    for link in links_out:
+        _require_within(link, root)
+    return images
+
+
+def images_below(folder: Path, root: str | None) -> tuple[list[str], list[str]]:
+    """Absolute paths, sorted: the images below ``folder``, and the links that lead out of ``root`` (a real path).
+
+    Links are followed, those that lead out only where ``root`` is None. Raises UserError at a folder that cannot be
+    read.
+    """
+    images: list[str] = []
+    links_out: list[str] = []
     seen: set[str] = set()
     waiting = [str(folder.absolute())]
-    _require_within(waiting[0], root)
     while waiting:
         parent = waiting.pop()
         real = os.path.realpath(parent)
@@ -117,10 +130,11 @@ def _images_below(folder: Path, root: str | None) -> list[str]:
             is_folder = _is_folder(entry)
             if not is_folder and not _is_image(entry.path):
                 continue
-            if entry.is_symlink():
-                _require_within(entry.path, root)
-            (waiting if is_folder else found).append(entry.path)
-    return sorted(found)
+            if root is not None and entry.is_symlink() and target_outside(entry.path, root) is not None:
+                links_out.append(entry.path)
+            else:
+                (waiting if is_folder else images).append(entry.path)
+    return sorted(images), sorted(links_out)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

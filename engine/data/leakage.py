@@ -21,7 +21,12 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from engine.data.decode import decode_image, read_header
+from engine.data.dicom import is_dicom
 from engine.data.probe import FORMATS, MAX_PIXELS
+
+Picture = str | np.ndarray
+"""The absolute path of a file, or pixels, (H, W, 3) uint8 RGB."""
 
 HASH_BITS = 64
 NEAR_DISTANCE = 1
@@ -49,7 +54,7 @@ class Leakage:
 
 
 def find_leakage(
-    files: Sequence[str],
+    pictures: Sequence[Picture],
     part: np.ndarray,
     *,
     groups: Sequence[str] | None,
@@ -60,7 +65,7 @@ def find_leakage(
     """All that stands on two sides.
 
     Args:
-        files: n absolute paths.
+        pictures: n files or arrays.
         part: (n,) integers, the side that each is on.
         groups: n names of groups; None: not known.
         identical: of ``find_identical``.
@@ -70,7 +75,7 @@ def find_leakage(
     shared += find_shared_bytes(identical, part)
     if near_distance < 0:
         return Leakage(shared, [], 0)
-    hashes = hash_pictures(files, workers=workers)
+    hashes = hash_pictures(pictures, workers=workers)
     same = {i: k for k, members in enumerate(identical) for i in members}
     near = [
         leak
@@ -93,26 +98,37 @@ def find_shared_bytes(identical: Sequence[Sequence[int]], part: np.ndarray) -> l
     return _leaks(((members, "same bytes") for members in identical), part)
 
 
-def find_identical(files: Sequence[str], *, workers: int) -> list[tuple[int, ...]]:
-    """The sets of files with the same content, as indices. Only files of one size are read; empty ones are no images
-    and count for nothing, nor do those that cannot be read."""
-    sizes = _indices_by(map(_size, files))
+def find_copies(identical: Sequence[Sequence[int]], part: np.ndarray) -> list[Leak]:
+    """One leak for each set of ``find_identical`` and part that has several of it."""
+    found = []
+    for members in identical:
+        for copies in _indices_by(part[i] for i in members).values():
+            if len(copies) > 1:
+                first, second = (members[k] for k in copies[:2])
+                found.append(Leak(first, second, "same bytes" if len(copies) == 2 else f"{len(copies)} of same bytes"))
+    return found
+
+
+def find_identical(pictures: Sequence[Picture], *, workers: int) -> list[tuple[int, ...]]:
+    """The sets of files with the same content, or of arrays with the same pixels, as indices. Only files of one size
+    are read; empty ones are no images and count for nothing, nor do those that cannot be read."""
+    sizes = _indices_by(map(_size, pictures))
     candidates = [i for size, members in sizes.items() if size > 0 and len(members) > 1 for i in members]
     with ThreadPoolExecutor(workers) as pool:
-        digests = pool.map(_sha256, [files[i] for i in candidates])
+        digests = pool.map(_sha256, [pictures[i] for i in candidates])
         found = [(i, digest) for i, digest in zip(candidates, digests, strict=True) if digest is not None]
     sets = _indices_by(digest for _, digest in found).values()
     return sorted(tuple(found[k][0] for k in members) for members in sets if len(members) > 1)
 
 
-def hash_pictures(files: Sequence[str], *, workers: int) -> np.ndarray:
-    """(n, 64) int8: the difference hash of each file as +1 and -1, and zeros where it cannot be decoded."""
+def hash_pictures(pictures: Sequence[Picture], *, workers: int) -> np.ndarray:
+    """(n, 64) int8: the difference hash of each picture as +1 and -1, and zeros where it cannot be decoded."""
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(files), desc="hashing images", unit="img", leave=False) as bar,
+        tqdm(total=len(pictures), desc="hashing images", unit="img", leave=False) as bar,
     ):
-        rows = np.zeros((len(files), HASH_BITS), dtype=np.int8)
-        for i, row in enumerate(pool.map(_difference_hash, files)):
+        rows = np.zeros((len(pictures), HASH_BITS), dtype=np.int8)
+        for i, row in enumerate(pool.map(_difference_hash, pictures)):
             rows[i] = row
             bar.update()
     return rows
@@ -173,17 +189,21 @@ def _indices_by(keys: Iterable) -> dict:
     return found
 
 
-def _size(file: str) -> int:
+def _size(picture: Picture) -> int:
+    if isinstance(picture, np.ndarray):
+        return picture.nbytes
     try:
-        return Path(file).stat().st_size
+        return Path(picture).stat().st_size
     except OSError:
         return 0
 
 
-def _sha256(file: str) -> bytes | None:
+def _sha256(picture: Picture) -> bytes | None:
+    if isinstance(picture, np.ndarray):
+        return hashlib.sha256(f"{picture.shape}".encode() + picture.tobytes()).digest()
     try:
         digest = hashlib.sha256()
-        with Path(file).open("rb") as content:
+        with Path(picture).open("rb") as content:
             while piece := content.read(2**20):
                 digest.update(piece)
     except OSError:
@@ -191,17 +211,26 @@ def _sha256(file: str) -> bytes | None:
     return digest.digest()
 
 
-def _difference_hash(file: str) -> np.ndarray:
+def _difference_hash(picture: Picture) -> np.ndarray:
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return np.zeros(HASH_BITS, dtype=np.int8)
-            image.draft("L", (128, 128))  # a JPEG need not be decoded at its full size
-            grey = ImageOps.exif_transpose(_eight_bits(image)).resize((9, 8), Image.Resampling.LANCZOS)
+        small = _in_grey(picture).resize((9, 8), Image.Resampling.LANCZOS)
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         return np.zeros(HASH_BITS, dtype=np.int8)
-    pixels = np.asarray(grey).astype(np.int16)
+    pixels = np.asarray(small).astype(np.int16)
     return np.where(pixels[:, 1:] > pixels[:, :-1], 1, -1).astype(np.int8).ravel()
+
+
+def _in_grey(picture: Picture) -> Image.Image:
+    """Upright and in 8 bits. Raises nearly anything where it cannot be decoded."""
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture).convert("L")
+    if is_dicom(read_header(picture)):
+        return _in_grey(decode_image(picture))
+    with Image.open(picture, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"more than {MAX_PIXELS} pixels")
+        image.draft("L", (128, 128))  # a JPEG need not be decoded at its full size
+        return ImageOps.exif_transpose(_eight_bits(image))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

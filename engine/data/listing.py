@@ -17,6 +17,7 @@ import numpy as np
 from engine.data.folder import read_splits_folder
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, shorten
+from engine.data.splits import holds_arrays, read_arrays
 from engine.data.splitting import PARTS
 from engine.data.table import REQUIRED, read_rows
 from engine.errors import UserError
@@ -26,11 +27,12 @@ _NEVER_KEPT = (*REQUIRED, "split")  # a manifest that is split again has no more
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """n labelled files.
+    """n labelled images.
 
     Attributes:
-        samples: the files and their labels.
-        names: each file's name, relative to the folder that they come from where it lies below it, with "/".
+        samples: the files, or arrays, and their labels.
+        names: each file's name, relative to the folder that they come from where it lies below it, with "/"; an
+            array's name as the samples have it.
         columns: the manifest's further columns, n values each.
     """
 
@@ -56,8 +58,13 @@ def read_listing(
     A manifest's own split is passed over, unless ``class_names`` are given: then it is test.
 
     Raises:
-        UserError: as ``read_splits_folder`` and ``read_manifest``; a folder that is split already.
+        UserError: as ``read_splits_folder`` and ``read_manifest``; a folder that is split already, or arrays.
     """
+    if holds_arrays(source):
+        raise UserError(
+            f"{source} holds images as arrays, and a manifest can only name files: train on it as it is by --data-dir, "
+            "which holds out --val-fraction of each class for validation where there is no such set"
+        )
     if source.is_dir():
         parts = read_parts(source, allow_links=allow_links)
         if "all" not in parts:
@@ -85,8 +92,17 @@ def read_parts(folder: Path, *, allow_links: bool = False) -> dict[str, Listing]
     return {name: Listing(part, _relative(part, folder), {}) for name, part in parts if part is not None}
 
 
+def read_array_parts(source: Path) -> dict[str, Listing]:
+    """Train, val and test of CIFAR's files or an NPZ file, those that there are; none of another source."""
+    parts = zip(PARTS, read_arrays(source) or (), strict=False)
+    return {name: Listing(part, part.files, {}) for name, part in parts if part is not None}
+
+
 def join_listings(parts: Sequence[Listing]) -> Listing:
-    """One after the other; with the further columns that all of them have, and the first one's classes."""
+    """One after the other; with the further columns that all of them have, and the first one's classes.
+
+    Of arrays the names and labels alone: parts may have other heights and widths.
+    """
     samples = Samples(
         tuple(file for part in parts for file in part.samples.files),
         np.concatenate([part.samples.labels for part in parts]),

@@ -44,7 +44,8 @@ class Loader(ABC):
     Evaluation gives every image once, in order.
 
     A file that can no longer be decoded is named on stderr and left out from then on: in training the next image of its
-    class takes its place, so that batches keep their numbers and sizes; evaluation does without it.
+    class takes its place, so that batches keep their numbers and sizes; evaluation does without it. Why stands in
+    ``reasons_lost``, by the image's index.
 
     Args:
         samples: the images, at least one.
@@ -104,6 +105,7 @@ class Loader(ABC):
         self.std = tuple(std)
         self.max_bad_fraction = max_bad_fraction
         self._lost = np.zeros(len(samples), dtype=bool)
+        self.reasons_lost: dict[int, str] = {}
         self._rarity = class_rarity(samples.class_counts())[samples.labels]
         self._sizes = image_sizes(samples, workers=workers) if self.crops else None
 
@@ -160,6 +162,7 @@ class Loader(ABC):
                 name = self.data.class_names[label]
                 raise cannot_decode(file, failure.reason, f"it is the last image of class {name!r}, replace it")
             self._lost = lost
+            self.reasons_lost[failure.index] = failure.reason
             tqdm.write(f"left out from now on: {file}: {failure.reason}", file=sys.stderr)
 
     def indices(self, order: np.ndarray, batch: int) -> np.ndarray:

@@ -70,6 +70,10 @@ class Samples:
         """Images of each class: (num_classes,) int64."""
         return np.bincount(self.labels, minlength=len(self.class_names)).astype(np.int64)
 
+    def pictures(self) -> Sequence[str | np.ndarray]:
+        """The files, or arrays (H, W, 3)."""
+        return self.files if self.pixels is None else list(self.pixels)
+
     def subset(self, indices: Iterable[int]) -> Samples:
         """The images at ``indices``, in that order, under the same class names."""
         chosen = np.fromiter(indices, dtype=np.int64)
@@ -79,9 +83,16 @@ class Samples:
             self.class_names,
             tuple(self.groups[i] for i in chosen) if self.groups is not None else None,
             self.weights[chosen] if self.weights is not None else None,
-            self.pixels[chosen] if self.pixels is not None else None,
+            _take(self.pixels, chosen) if self.pixels is not None else None,
             {name: Head(head.class_names, head.labels[chosen]) for name, head in self.heads.items()},
         )
+
+
+def _take(pixels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """A copy, so that the whole need not be kept; grey that is shown in three channels stays one channel in memory."""
+    if pixels.strides[3] == 0:
+        return np.broadcast_to(pixels[..., :1][chosen], (len(chosen), *pixels.shape[1:]))
+    return pixels[chosen]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def open_splits(
     else:
         source = str(data_dir) if data_dir is not None else "embedded digits"
         root = Path(data_dir) if data_dir is not None else write_digits()
-        train, val, test = _read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
+        train, val, test = read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
     origin = "given"
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
@@ -106,7 +106,7 @@ def open_samples(
     if csv is not None:
         return read_manifest(Path(csv), _base(data_dir), names)
     root = Path(data_dir) if data_dir is not None else write_digits()
-    if (arrays := _read_arrays(root)) is not None:
+    if (arrays := read_arrays(root)) is not None:
         test = arrays[2]
         if test is None:
             raise UserError(f"{root} has no test_images: name a file that has")
@@ -120,8 +120,19 @@ def open_samples(
     return read_known_classes(root, names, within)
 
 
-def _read_arrays(root: Path) -> tuple[Samples, Samples | None, Samples | None] | None:
-    """Train, validation and test of a source that is not image files; None: it is another."""
+def holds_arrays(root: Path) -> bool:
+    """Whether it is a source of ``read_arrays``. Raises UserError where it cannot be read."""
+    try:
+        return find_cifar(root) is not None or (root.is_file() and zipfile.is_zipfile(root))
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error.strerror}") from error
+
+
+def read_arrays(root: Path) -> tuple[Samples, Samples | None, Samples | None] | None:
+    """Train, validation and test of CIFAR's files or an NPZ file; None: ``root`` is another source.
+
+    Raises UserError where it cannot be read or is damaged.
+    """
     try:
         if (cifar := find_cifar(root)) is not None:
             train, test = read_cifar(cifar)

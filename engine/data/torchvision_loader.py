@@ -7,6 +7,8 @@ Worker processes decode, crop, resize, augment and normalise, a batch each at a 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +38,7 @@ class TorchvisionLoader(Loader):
             sampler=self._queue,
             num_workers=self.workers,
             multiprocessing_context=_processes(),
+            worker_init_fn=_end_with_parent,
             pin_memory=on_gpu,
             persistent_workers=True,
         )
@@ -70,6 +73,22 @@ def _processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: ends it when the process that it works for is killed.
+
+    A DataLoader's workers look whether the process that forked them is there, and that is the server, which stays for
+    as long as they do.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has been started by another process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name=f"parent of worker {worker}", daemon=True).start()
 
 
 class _Queue:
