@@ -151,6 +151,12 @@ class Config:
     eval_metric: str = _flag(
         "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
     )
+    sensitivity: tuple[float, ...] = _flag(
+        (),
+        "report the specificity at these sensitivities of the positive class, of more than two of each; the thresholds "
+        "are chosen on the validation images",
+        nargs="+",
+    )
     early_stopping_patience: int | None = _flag(
         None, "stop after this many epochs without a better --eval-metric", type=int
     )
@@ -174,6 +180,7 @@ class Config:
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
         self._require(0 <= self.smoothing < 1, "smoothing", "at least 0 and below 1")
+        self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
         for name in ("lr", "clip_grad", "early_stopping_patience"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed"):
@@ -305,13 +312,18 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     return converted
 
 
-def _numbers(name: str, values: Any, count: int, source: str) -> tuple[float, ...]:
+def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[float, ...]:
     try:
-        if isinstance(values, str) or len(values) != count or any(isinstance(value, bool) for value in values):
+        if (
+            isinstance(values, str)
+            or (count != "+" and len(values) != count)
+            or any(isinstance(value, bool) for value in values)
+        ):
             raise ValueError
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise UserError(f"{source}: {name}: {values!r} must be a list of {count} numbers") from None
+        wanted = "numbers" if count == "+" else f"{count} numbers"
+        raise UserError(f"{source}: {name}: {values!r} must be a list of {wanted}") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -340,7 +352,7 @@ def _parser() -> argparse.ArgumentParser:
             argument["action"] = argparse.BooleanOptionalAction
         elif "nargs" in argument:
             argument |= {"metavar": "FLOAT", "type": float}
-            shown = f" (default: {' '.join(f'{value:g}' for value in default)})"
+            shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()
         parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)
