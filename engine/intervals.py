@@ -113,7 +113,7 @@ def _resampled_aurocs(probabilities: Tensor, labels: Tensor, resamples: int, rng
     """(resamples, classes) float64, of each class against the rest; NaN where a class is empty or all there is."""
     members = [torch.nonzero(labels == label).flatten() for label in range(probabilities.shape[1])]
     ranks = {
-        label: _Ranks(probabilities[:, label], labels == label)
+        label: _Ranks(probabilities[:, label].contiguous(), labels == label)
         for label, own in enumerate(members)
         if 0 < len(own) < len(labels)
     }
