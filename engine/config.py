@@ -173,6 +173,7 @@ class Config:
         for name in ("data_dir", "csv", "val_csv", "test_csv", "pretrained_path"):
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
+        self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_bad_fraction", *PROBABILITIES):
@@ -180,7 +181,6 @@ class Config:
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
         self._require(0 <= self.smoothing < 1, "smoothing", "at least 0 and below 1")
-        self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
         for name in ("lr", "clip_grad", "early_stopping_patience"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed"):

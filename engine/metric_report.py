@@ -88,7 +88,7 @@ def _class_table(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _operating_points(metrics: Mapping[str, Any]) -> list[str]:
-    rows = [["class", "wanted", "threshold", "sensitivity", "95% interval", "specificity", "95% interval"]]
+    rows = [["class", "wanted", "threshold", "chosen on", "sensitivity", "95% interval", "specificity", "95% interval"]]
     for point in metrics["operating_points"]:
         tried = [
             cell
@@ -96,7 +96,8 @@ def _operating_points(metrics: Mapping[str, Any]) -> list[str]:
             for cell in (_figure(point[name]), _range(point[f"{name}_interval"]))
         ]
         threshold = "-" if point["threshold"] is None else f"{point['threshold']:.3g}"
-        rows.append([_shortened(point["class"]), f"{point['wanted_sensitivity']:g}", threshold, *tried])
+        chosen = [f"{point['wanted_sensitivity']:g}", threshold, str(point["chosen_on"])]
+        rows.append([_shortened(point["class"]), *chosen, *tried])
     return _aligned(rows)
 
 

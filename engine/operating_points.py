@@ -34,8 +34,9 @@ def operating_points(
     """What ``metrics.json`` holds as ``operating_points``: an entry for each class and wanted sensitivity.
 
     An image is called positive where the probability of the class is at least ``threshold``: the largest one that gives
-    the wanted sensitivity on the images that it is chosen on. ``sensitivity`` and ``specificity`` are those on the
-    other images, with Wilson's 95% intervals; what there are no images for is None.
+    the wanted sensitivity on the ``chosen_on`` images of the class in the first set, of which one or two tell little.
+    ``sensitivity`` and ``specificity`` are those on the second set, with Wilson's 95% intervals; what there are no
+    images for is None.
 
     Args:
         chosen_on, tried_on: probabilities (N, classes) and labels (N,).
@@ -49,7 +50,12 @@ def operating_points(
         positive = tried_labels == label
         for wanted in sensitivities:
             threshold = sensitivity_threshold(scores[:, label], labels == label, wanted)
-            point: dict[str, Any] = {"class": name, "wanted_sensitivity": wanted, "threshold": threshold}
+            point: dict[str, Any] = {
+                "class": name,
+                "wanted_sensitivity": wanted,
+                "threshold": threshold,
+                "chosen_on": int((labels == label).sum()),
+            }
             called = None if threshold is None else tried_scores[:, label] >= threshold
             point |= _proportion("sensitivity", None if called is None else called[positive])
             point |= _proportion("specificity", None if called is None else ~called[~positive])

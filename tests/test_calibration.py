@@ -81,6 +81,7 @@ def test_operating_points_are_chosen_on_one_set_and_tried_on_the_other():
     ]
     for point in points:
         label = "abc".index(point["class"])
+        assert point["chosen_on"] == (chosen[1] == label).sum()
         called, positive = tried[0][:, label] >= point["threshold"], tried[1] == label
         (tn, fp), (fn, tp) = sklearn.metrics.confusion_matrix(positive, called)
         assert point["sensitivity"] == pytest.approx(tp / (tp + fn))
