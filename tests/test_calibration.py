@@ -64,11 +64,12 @@ def test_threshold_is_the_largest_of_the_roc_curve_that_is_sensitive_enough(sens
     assert sensitivity_threshold(scores, positive, sensitivity) == thresholds[tpr >= sensitivity - 1e-12].max()
 
 
-@pytest.mark.parametrize("count", [20, 40, 60, 100])
-def test_a_sensitivity_that_is_a_whole_number_of_images_takes_no_more(count):
+@pytest.mark.parametrize(
+    ("sensitivity", "count", "reached"), [(0.95, 20, 19), (0.55, 20, 11), (0.56, 100, 56), (0.9, 19, 18)]
+)
+def test_no_more_images_are_taken_than_the_sensitivity_needs(sensitivity, count, reached):
     scores = torch.arange(count, dtype=torch.float64)
-    share = (scores >= sensitivity_threshold(scores, scores >= 0, 0.95)).double().mean()
-    assert share == 0.95
+    assert (scores >= sensitivity_threshold(scores, scores >= 0, sensitivity)).sum() == reached
 
 
 def test_operating_points_are_chosen_on_one_set_and_tried_on_the_other():
