@@ -158,6 +158,12 @@ class Config:
     eval_metric: str = _flag(
         "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
     )
+    sensitivity: tuple[float, ...] = _flag(
+        (),
+        "report the specificity at these sensitivities of the positive class, of more than two of each; the thresholds "
+        "are chosen on the validation images",
+        nargs="+",
+    )
     early_stopping_patience: int | None = _flag(
         None, "stop after this many epochs without a better --eval-metric", type=int
     )
@@ -174,6 +180,7 @@ class Config:
         for name in ("data_dir", "csv", "val_csv", "test_csv", "pretrained_path"):
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
+        self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_bad_fraction", *PROBABILITIES):
@@ -330,13 +337,18 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     return converted
 
 
-def _numbers(name: str, values: Any, count: int, source: str) -> tuple[float, ...]:
+def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[float, ...]:
     try:
-        if isinstance(values, str) or len(values) != count or any(isinstance(value, bool) for value in values):
+        if (
+            isinstance(values, str)
+            or (count != "+" and len(values) != count)
+            or any(isinstance(value, bool) for value in values)
+        ):
             raise ValueError
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise UserError(f"{source}: {name}: {values!r} must be a list of {count} numbers") from None
+        wanted = "numbers" if count == "+" else f"{count} numbers"
+        raise UserError(f"{source}: {name}: {values!r} must be a list of {wanted}") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -375,7 +387,7 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
             argument["action"] = argparse.BooleanOptionalAction
         elif "nargs" in argument:
             argument |= {"metavar": "FLOAT", "type": float}
-            shown = f" (default: {' '.join(f'{value:g}' for value in default)})"
+            shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()
         parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.checkpoint import write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config
-from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
+from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits, write_digits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.metrics import ClassificationMetrics, format_report
+from engine.metric_report import format_report
+from engine.predictions import write_predictions
+from engine.scoring import TTA, Scored, final_metrics, score_images
 from engine.trained import add_model_flags, build_model, open_trained
 
 
@@ -32,10 +33,12 @@ def main(argv: list[str] | None) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.json holds, for the checkpoint and the images that the command line names."""
-    if args.output and Path(args.output).exists():
-        raise UserError(f"--output {args.output}: exists; name another file")
+    for flag, file in (("--output", args.output), ("--predictions", args.predictions)):
+        if file and Path(file).exists():
+            raise UserError(f"{flag} {file}: exists; name another file")
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
+    config = dataclasses.replace(config, sensitivity=tuple(args.sensitivity))
     if args.max_bad_fraction is not None:
         config = dataclasses.replace(config, max_bad_fraction=args.max_bad_fraction)
     class_names = tuple(checkpoint["class_names"])
@@ -43,8 +46,23 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     model = build_model(checkpoint, config, device)
     precision = Precision(device, config.amp, config.amp_dtype)
-    loader = make_eval_loader(samples, config, device, precision)
-    return {"split": split, "epoch": checkpoint["epoch"], **score(model, loader, class_names, precision)}
+
+    def scored_images(samples: Samples) -> Scored:
+        loader = make_eval_loader(samples, config, device, precision)
+        return score_images(model, loader, class_names, precision, tta=args.tta)
+
+    scored = scored_images(samples)
+    validation = scored if split == "validation" else None
+    if config.sensitivity and validation is None:
+        validation = scored_images(_readable("validation", _run_splits(config, class_names).val, config))
+    if args.predictions:
+        own = args.data_dir is None and args.csv is None
+        folder = data_folder(*(config.data_dir, config.test_csv or config.csv) if own else (args.data_dir, args.csv))
+        write_predictions(Path(args.predictions), scored.predictions(folder))
+    # a temperature is that of the probabilities that it was fitted on, not of their means
+    temperature = checkpoint.get("temperature") if args.tta == "none" else None
+    metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
+    return {"split": split, "epoch": checkpoint["epoch"], "tta": args.tta, **metrics}
 
 
 def open_data(config: Config) -> Splits:
@@ -76,21 +94,11 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
     )
 
 
-@torch.inference_mode()
-def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
-    """The metrics of `engine.metrics` over one pass of the loader."""
-    model.eval()
-    metrics: ClassificationMetrics | None = None
-    for images, labels in loader.epoch(0):
-        with precision.autocast():
-            logits = model(images)
-        metrics = metrics or ClassificationMetrics(class_names, logits.device)
-        metrics.update(logits.float(), labels)
-    assert metrics is not None, "a loader holds at least one image"
-    try:
-        return metrics.compute()
-    except ValueError as error:
-        raise UserError(f"cannot score: {error}; train with a lower --lr or --amp-dtype bfloat16") from error
+def data_folder(data_dir: str | None, csv: str | None) -> Path:
+    """What the names in predictions.csv are relative to."""
+    if data_dir is not None:
+        return Path(data_dir)
+    return Path(csv).parent if csv is not None else write_digits()
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
@@ -99,16 +107,23 @@ def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ..
         name = str(args.csv or args.data_dir)
         samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv, allow_links=config.allow_links)
     else:
-        splits = open_data(config)
-        if splits.train.class_names != class_names:
-            raise UserError(
-                f"{splits.description}: its classes are not the model's; name images with --data-dir or --csv"
-            )
+        splits = _run_splits(config, class_names)
         name, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+    return name, _readable(name, samples, config)
+
+
+def _run_splits(config: Config, class_names: tuple[str, ...]) -> Splits:
+    splits = open_data(config)
+    if splits.train.class_names != class_names:
+        raise UserError(f"{splits.description}: its classes are not the model's; name images with --data-dir or --csv")
+    return splits
+
+
+def _readable(name: str, samples: Samples, config: Config) -> Samples:
     kept, bad = drop_bad_samples({name: samples}, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     for file in bad:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
-    return name, kept[name]
+    return kept[name]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,6 +142,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-bad-fraction", type=float, help="largest share of unreadable images that is accepted")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")
+    parser.add_argument("--predictions", metavar="FILE", help="write there, as CSV, what is predicted of each image")
+    parser.add_argument(
+        "--sensitivity",
+        metavar="FLOAT",
+        type=float,
+        nargs="+",
+        default=(),
+        help="report the specificity at these sensitivities; the thresholds are chosen on the run's validation images",
+    )
+    parser.add_argument(
+        "--tta",
+        choices=TTA,
+        default="none",
+        help="hflip: take the mean of the probabilities of each image and its mirror image (default: none)",
+    )
     return parser
 
 

@@ -1,13 +1,15 @@
 """The figures of ``metrics.json``, with scikit-learn's definitions, gathered without waiting for the device.
 
-Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution" (2010); Guo et al., "On Calibration of
-Modern Neural Networks" (2017) for the expected calibration error; section 3.2 of the design.
+Sources: Brodersen et al., "The Balanced Accuracy and Its Posterior Distribution" (2010); Cohen, "A Coefficient of
+Agreement for Nominal Scales" (1960); Gorodkin, "Comparing Two K-Category Assignments by a K-Category Correlation
+Coefficient" (2004) for MCC; Brier, "Verification of Forecasts Expressed in Terms of Probability" (1950); Guo et al.,
+"On Calibration of Modern Neural Networks" (2017) for the expected calibration error; section 3.2 of the design.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,15 @@ from engine.errors import UserError
 
 ECE_BINS = 15
 
-BINARY_METRIC_NAMES = ("precision", "recall", "f1")
+_OF_ALL_CLASSES = {
+    "precision": "macro_precision",
+    "recall": "macro_recall",
+    "f1": "macro_f1",
+    "specificity": "balanced_accuracy",
+    "auroc": "auroc_macro_ovr",
+    "average_precision": "average_precision_macro",
+}
+BINARY_METRIC_NAMES = tuple(_OF_ALL_CLASSES)
 _HIGHER_IS_BETTER = {
     "macro_f1": True,
     "accuracy": True,
@@ -31,6 +41,11 @@ _HIGHER_IS_BETTER = {
     "auroc_macro_ovr": True,
     "ece": False,
     "loss": False,
+    "weighted_f1": True,
+    "average_precision_macro": True,
+    "cohen_kappa": True,
+    "mcc": True,
+    "brier": False,
     **dict.fromkeys(BINARY_METRIC_NAMES, True),
 }
 METRIC_NAMES = tuple(_HIGHER_IS_BETTER)
@@ -46,7 +61,8 @@ class ClassificationMetrics(Metric):
     Args:
         class_names: the names of labels 0, 1, ...
         device: where updates come from, and where they are kept: 4 * (classes + 2) bytes a sample.
-        positive_class: for two classes, the one that precision, recall and f1 speak of; the second unless named.
+        positive_class: for two classes, the one that precision, recall, AUROC and so on speak of; the second
+            unless named.
 
     Raises:
         UserError: `positive_class` is no class, or there are not two classes.
@@ -102,47 +118,57 @@ def classification_metrics(
       a ratio of nothing to nothing is 0.
     - ``auroc_macro_ovr``: the mean of each class's exact area under the ROC curve against the rest, over the classes
       that have one: a sample of their own, and one outside.
+    - ``average_precision_macro``: the mean of each class's average precision against the rest, over those with samples.
+    - ``weighted_f1``: the mean over the samples of the F1 of their class.
+    - ``cohen_kappa``: agreement beyond chance; None where truth and prediction are one and the same single class.
+    - ``mcc``: the K-category correlation; 0 where truth or prediction is a single class.
+    - ``brier``: the mean over the samples of the sum over the classes of (probability - truth)^2, 0 to 2; for two
+      classes half of that, which is the positive class's own.
     - ``ece``: expected calibration error of the largest probability: 15 bins of equal width, lower edges included.
     - ``loss``: mean cross-entropy in nats, without class weights or smoothing.
     - ``confusion_matrix``: rows are truth, columns prediction.
-    - ``per_class``: ``{name: {precision, recall, f1, support, auroc}}``.
-    - For two classes ``positive_class`` (the second unless named) and its ``precision``, ``recall``, ``f1``.
+    - ``per_class``: ``{name: {precision, recall, f1, support, auroc, average_precision, specificity}}``, the last
+      three of the class against the rest.
+    - For two classes ``positive_class`` (the second unless named) and its ``precision``, ``recall``, ``f1``,
+      ``specificity``, ``auroc``, ``average_precision``.
 
     Raises:
         ValueError: there are no samples, a logit is not finite, or a label is out of range.
         UserError: `positive_class` is no class, or there are not two classes.
     """
     positive_class = _positive_class(class_names, positive_class)
-    logits, labels = logits.detach().cpu().double(), labels.detach().cpu().long()
-    _check_samples(logits, labels, len(class_names))
-    probabilities = logits.softmax(dim=1)
-    predictions = logits.argmax(dim=1)
-
+    logits, labels = checked_samples(logits, labels, len(class_names))
+    probabilities, predictions = logits.softmax(dim=1), logits.argmax(dim=1)
     confusion = multiclass_confusion_matrix(predictions, labels, num_classes=len(class_names), validate_args=False)
-    correct, predicted, support = confusion.diag(), confusion.sum(dim=0), confusion.sum(dim=1)
-    precision, recall = _ratio(correct, predicted), _ratio(correct, support)
-    f1 = _ratio(2 * correct, predicted + support)
-    auroc = [_auroc_against_rest(probabilities[:, label], labels == label) for label in range(len(class_names))]
-    defined_auroc = [area for area in auroc if area is not None]
-    occurs = predicted + support > 0
+    support = confusion.sum(dim=1)
+    figures, of_class = count_figures(confusion.diag(), confusion.sum(dim=0), support)
+    against_rest = [(probabilities[:, label], labels == label) for label in range(len(class_names))]
+    auroc = [_auroc(scores, positive) for scores, positive in against_rest]
+    average_precision = [_average_precision(scores, positive) for scores, positive in against_rest]
+    kappa = figures["cohen_kappa"].item()
 
     metrics: dict[str, Any] = {
-        "accuracy": int(correct.sum()) / len(labels),
-        "balanced_accuracy": recall[support > 0].mean().item(),
-        "macro_f1": f1[occurs].mean().item(),
-        "macro_precision": precision[occurs].mean().item(),
-        "macro_recall": recall[occurs].mean().item(),
-        "auroc_macro_ovr": sum(defined_auroc) / len(defined_auroc) if defined_auroc else None,
-        "ece": _expected_calibration_error(probabilities, predictions == labels),
-        "loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": figures["accuracy"].item(),
+        "balanced_accuracy": figures["balanced_accuracy"].item(),
+        "macro_f1": figures["macro_f1"].item(),
+        "macro_precision": figures["macro_precision"].item(),
+        "macro_recall": figures["macro_recall"].item(),
+        "auroc_macro_ovr": _mean_of_defined(auroc),
+        **probability_figures(logits, labels),
+        "weighted_f1": figures["weighted_f1"].item(),
+        "average_precision_macro": _mean_of_defined(average_precision),
+        "cohen_kappa": None if math.isnan(kappa) else kappa,
+        "mcc": figures["mcc"].item(),
         "confusion_matrix": confusion.tolist(),
         "per_class": {
             name: {
-                "precision": precision[label].item(),
-                "recall": recall[label].item(),
-                "f1": f1[label].item(),
+                "precision": of_class["precision"][label].item(),
+                "recall": of_class["recall"][label].item(),
+                "f1": of_class["f1"][label].item(),
                 "support": int(support[label]),
                 "auroc": auroc[label],
+                "average_precision": average_precision[label],
+                "specificity": of_class["specificity"][label].item(),
             }
             for label, name in enumerate(class_names)
         },
@@ -153,32 +179,66 @@ def classification_metrics(
     return metrics
 
 
-def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
-    """The figures of ``classification_metrics`` for a terminal of `width` columns.
+def count_figures(correct: Tensor, predicted: Tensor, support: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The figures that follow from counts: those of all classes together, and those of each class.
 
-    A line of totals, a table with a row for each class, and the confusion matrix; where that is wider than the terminal
-    even with numbers for names, its largest off-diagonal cells instead.
+    Args:
+        correct, predicted, support: (..., classes) integers: of each class, the samples that are of it and predicted
+            so, that are predicted so, and that are of it.
+
+    Returns:
+        Float64: {name: (...)} and {name: (..., classes)}. ``cohen_kappa`` is NaN where it is undefined.
     """
-    totals = {
-        "accuracy": metrics["accuracy"],
-        "balanced accuracy": metrics["balanced_accuracy"],
-        f"ECE ({ECE_BINS} bins)": metrics["ece"],
-        "loss": metrics["loss"],
+    correct, predicted, support = correct.double(), predicted.double(), support.double()
+    samples = support.sum(dim=-1)
+    precision, recall = _ratio(correct, predicted), _ratio(correct, support)
+    f1 = _ratio(2 * correct, predicted + support)
+    others = samples[..., None] - support
+    specificity = _ratio(others - predicted + correct, others)
+
+    occurs = predicted + support > 0
+    by_chance = (predicted * support).sum(dim=-1)
+    beyond_chance = samples * correct.sum(dim=-1) - by_chance
+    spread = (samples**2 - predicted.square().sum(dim=-1)).sqrt() * (samples**2 - support.square().sum(dim=-1)).sqrt()
+    figures = {
+        "accuracy": correct.sum(dim=-1) / samples,
+        "balanced_accuracy": _mean_where(support > 0, recall),
+        "macro_f1": _mean_where(occurs, f1),
+        "macro_precision": _mean_where(occurs, precision),
+        "macro_recall": _mean_where(occurs, recall),
+        "weighted_f1": (f1 * support).sum(dim=-1) / samples,
+        "cohen_kappa": beyond_chance / (samples**2 - by_chance),
+        "mcc": torch.where(spread > 0, beyond_chance / spread, 0.0),
     }
-    lines = ["   ".join(f"{name} {_figure(value)}" for name, value in totals.items())]
-    if "positive_class" in metrics:
-        figures = "   ".join(f"{name} {_figure(metrics[name])}" for name in BINARY_METRIC_NAMES)
-        lines.append(f"positive class {metrics['positive_class']}:   {figures}")
-    names = [_shortened(name) for name in metrics["per_class"]]
-    confusion = metrics["confusion_matrix"]
-    confusion_table = _confusion_table(names, confusion)
-    if _columns(confusion_table[0]) > width:
-        confusion_table = _confusion_table(names, confusion, numbered=True)
-    if _columns(confusion_table[0]) > width:
-        title, confusion_table = "Most frequent confusions", _largest_confusions(names, confusion)
-    else:
-        title = "Confusion matrix (rows: truth, columns: prediction)"
-    return "\n".join([*lines, "", *_class_table(names, metrics), "", title, "", *confusion_table])
+    return figures, {"precision": precision, "recall": recall, "f1": f1, "specificity": specificity}
+
+
+def probability_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """``ece``, ``loss`` and ``brier`` of logits (N, classes) float64 and labels (N,); see `classification_metrics`."""
+    probabilities = logits.softmax(dim=1)
+    truth = F.one_hot(labels, logits.shape[1])
+    brier = (probabilities - truth).square().sum(dim=1).mean().item()
+    return {
+        "ece": _expected_calibration_error(probabilities, logits.argmax(dim=1) == labels),
+        "loss": F.cross_entropy(logits, labels).item(),
+        "brier": brier / 2 if logits.shape[1] == 2 else brier,
+    }
+
+
+def checked_samples(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Both on the CPU, float64 and int64. Raises ValueError as `classification_metrics` does."""
+    logits, labels = logits.detach().cpu().double(), labels.detach().cpu().long()
+    if len(labels) == 0:
+        raise ValueError("no samples to score: the data set is empty")
+    broken = int((~logits.isfinite().all(dim=1)).sum())
+    if broken:
+        raise ValueError(
+            f"logits hold NaN or infinity in {broken} of {len(labels)} samples: training has diverged, "
+            "or the weights are damaged"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, there are {num_classes} classes")
+    return logits, labels
 
 
 def check_metric_name(name: str, num_classes: int) -> None:
@@ -186,11 +246,13 @@ def check_metric_name(name: str, num_classes: int) -> None:
     if name not in METRIC_NAMES:
         raise UserError(f"--eval-metric {name}: unknown; choose one of {', '.join(METRIC_NAMES)}")
     if name in BINARY_METRIC_NAMES and num_classes != 2:
-        raise UserError(f"--eval-metric {name}: only for two classes, here are {num_classes}; use macro_{name}")
+        raise UserError(
+            f"--eval-metric {name}: only for two classes, here are {num_classes}; use {_OF_ALL_CLASSES[name]}"
+        )
 
 
 def higher_is_better(name: str) -> bool:
-    """False for ``loss`` and ``ece``. Raises UserError for a name that is not in METRIC_NAMES."""
+    """False for ``loss``, ``ece`` and ``brier``. Raises UserError for a name that is not in METRIC_NAMES."""
     if name not in _HIGHER_IS_BETTER:
         raise UserError(f"--eval-metric {name}: unknown; choose one of {', '.join(METRIC_NAMES)}")
     return _HIGHER_IS_BETTER[name]
@@ -212,29 +274,39 @@ def _positive_class(class_names: Sequence[str], positive_class: str | None) -> s
     return positive_class
 
 
-def _check_samples(logits: Tensor, labels: Tensor, num_classes: int) -> None:
-    if len(labels) == 0:
-        raise ValueError("no samples to score: the data set is empty")
-    broken = int((~logits.isfinite().all(dim=1)).sum())
-    if broken:
-        raise ValueError(
-            f"logits hold NaN or infinity in {broken} of {len(labels)} samples: training has diverged, "
-            "or the weights are damaged"
-        )
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, there are {num_classes} classes")
-
-
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     # Where the denominator is 0 the numerator is too, and 0 / 1 is scikit-learn's zero_division=0.
-    return numerator.double() / denominator.clamp(min=1)
+    return numerator / denominator.clamp(min=1)
 
 
-def _auroc_against_rest(scores: Tensor, positive: Tensor) -> float | None:
+def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    return (values * mask).sum(dim=-1) / mask.sum(dim=-1)
+
+
+def _mean_of_defined(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def _auroc(scores: Tensor, positive: Tensor) -> float | None:
     if positive.all() or not positive.any():
         return None
     # torchmetrics adds the areas up in float32, which can end just above 1.
     return min(1.0, binary_auroc(scores, positive.long(), validate_args=False).item())
+
+
+def _average_precision(scores: Tensor, positive: Tensor) -> float | None:
+    """The mean over the positive samples of the precision at their score: ties share a threshold."""
+    if not positive.any():
+        return None
+    # Not torchmetrics', for the same reason as below.
+    descending, order = scores.sort(descending=True)
+    found = positive[order].double().cumsum(dim=0)
+    precision = found / torch.arange(1, len(scores) + 1)
+    last_of_a_tie = torch.ones_like(positive)
+    last_of_a_tie[:-1] = descending.diff() != 0
+    gained = found[last_of_a_tie].diff(prepend=found.new_zeros(1))
+    return ((gained * precision[last_of_a_tie]).sum() / found[-1]).item()
 
 
 def _expected_calibration_error(probabilities: Tensor, correct: Tensor) -> float:
@@ -243,62 +315,3 @@ def _expected_calibration_error(probabilities: Tensor, correct: Tensor) -> float
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence)
     return gaps.abs().sum().item() / len(correct)
-
-
-def _class_table(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
-    rows = [["class", "precision", "recall", "f1", "support", "auroc"]]
-    for name, row in zip(names, metrics["per_class"].values(), strict=True):
-        ratios = (_figure(row[key]) for key in ("precision", "recall", "f1"))
-        rows.append([name, *ratios, str(row["support"]), _figure(row["auroc"])])
-    means = (_figure(metrics[key]) for key in ("macro_precision", "macro_recall", "macro_f1"))
-    support = sum(row["support"] for row in metrics["per_class"].values())
-    return _aligned([*rows, ["macro", *means, str(support), _figure(metrics["auroc_macro_ovr"])]])
-
-
-def _confusion_table(names: Sequence[str], confusion: Sequence[Sequence[int]], numbered: bool = False) -> list[str]:
-    labels = [str(label) for label in range(len(names))]
-    rows = [["", *(labels if numbered else names)]]
-    for label, counts in enumerate(confusion):
-        # A dot for zero: what is left to read are the errors.
-        cells = [str(count) if count else "." for count in counts]
-        rows.append([f"{label:>{len(labels[-1])}} {names[label]}" if numbered else names[label], *cells])
-    return _aligned(rows)
-
-
-def _largest_confusions(names: Sequence[str], confusion: Sequence[Sequence[int]], shown: int = 20) -> list[str]:
-    cells = [
-        (count, truth, prediction)
-        for truth, counts in enumerate(confusion)
-        for prediction, count in enumerate(counts)
-        if count and truth != prediction
-    ]
-    if not cells:
-        return ["none"]
-    rows = [["truth", "prediction", "samples", "of the class"]]
-    for count, truth, prediction in sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:shown]:
-        rows.append([names[truth], names[prediction], str(count), f"{count / sum(confusion[truth]):.1%}"])
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two spaces apart, the first one to the left, the others to the right."""
-    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        padding = [" " * (width - _columns(cell)) for cell, width in zip(row, widths, strict=True)]
-        right = (space + cell for cell, space in zip(row[1:], padding[1:], strict=True))
-        lines.append("  ".join([row[0] + padding[0], *right]))
-    return lines
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _shortened(name: str, longest: int = 28) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
-
-
-def _columns(text: str) -> int:
-    """Terminal columns: a Chinese, Japanese or Korean character takes two, a combining mark none."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)

@@ -1,4 +1,4 @@
-"""The run directory: args.yaml, summary.csv, metrics.json, checkpoints, pictures, TensorBoard events."""
+"""The run directory: args.yaml, tables, metrics.json, checkpoints, pictures, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from engine.checkpoint import save_checkpoint, write_atomically
 from engine.config import Config
 from engine.errors import UserError
 from engine.pictures import save_confusion_matrix, save_curves
+from engine.predictions import Predictions, write_predictions
 
 Row = dict[str, Any]
 
@@ -59,7 +60,9 @@ class RunDirectory:
     def write_history(self, history: list[Row]) -> None:
         """Writes summary.csv, a row an epoch, and the newest row as TensorBoard events."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        # a run that an earlier version began has fewer columns at first
+        columns = dict.fromkeys(name for row in history for name in row)
+        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         self._write_text("summary.csv", text.getvalue())
@@ -83,6 +86,9 @@ class RunDirectory:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+    def write_predictions(self, predictions: Predictions) -> None:
+        write_predictions(self.path / "predictions.csv", predictions)
 
     def write_pictures(self, history: list[Row], metrics: dict[str, Any]) -> None:
         save_curves(history, self.path / "curves.png")

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config, parse_args
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, drop_bad, make_loader
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.evaluate import make_eval_loader, open_data, score
+from engine.evaluate import data_folder, make_eval_loader, open_data
 from engine.fusion import fuse
-from engine.metrics import check_metric_name, format_report, metric_is_better
+from engine.metric_report import format_report
+from engine.metrics import check_metric_name, metric_is_better
 from engine.mixing import Mixing
 from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
+from engine.scoring import final_metrics, score, score_images
 
 
 @dataclasses.dataclass
@@ -93,7 +96,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         _save(run_dir, config, splits, training, history, best, improved)
         print(_epoch_line(row, config, improved))
 
-    metrics = _final_score(run_dir, config, splits, training.model, device, precision)
+    metrics = _final_score(run_dir, config, splits, training.model, val_loader, device, precision)
     run_dir.write_metrics(metrics)
     run_dir.write_pictures(history, metrics)
     run_dir.close()
@@ -380,15 +383,26 @@ def _final_score(
     config: Config,
     splits: Splits,
     model: nn.Module,
+    val_loader: Loader,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, Any]:
-    """The best epoch's weights on the test split, or on the validation split where there is no test."""
+    """The best epoch's weights on the test split, or on the validation split where there is no test.
+
+    Writes predictions.csv, and adds to best.pt the temperature that the validation split gives.
+    """
     best = load_checkpoint(run_dir.best)
     model.load_state_dict(best["model"])
-    split, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
-    loader = make_eval_loader(samples, config, device, precision)
-    metrics = score(model, loader, splits.train.class_names, precision)
+    class_names = splits.train.class_names
+    validation = score_images(model, val_loader, class_names, precision)
+    temperature = fit_temperature(validation.logits, validation.labels)
+    save_checkpoint(run_dir.best, {**best, "temperature": temperature})
+    split, scored = "validation", validation
+    if splits.test is not None:
+        test_loader = make_eval_loader(splits.test, config, device, precision)
+        split, scored = "test", score_images(model, test_loader, class_names, precision)
+    run_dir.write_predictions(scored.predictions(data_folder(config.data_dir, config.test_csv or config.csv)))
+    metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
     return {"split": split, "epoch": best["epoch"], **metrics}
 
 

@@ -12,12 +12,13 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from engine.errors import UserError
+from engine.metric_report import format_report
 from engine.metrics import (
+    BINARY_METRIC_NAMES,
     METRIC_NAMES,
     ClassificationMetrics,
     check_metric_name,
     classification_metrics,
-    format_report,
     higher_is_better,
     metric_is_better,
 )
@@ -120,7 +121,10 @@ def test_figures_are_scikit_learns(case):
             "macro_f1": sklearn.metrics.f1_score(truth, prediction, **macro),
             "macro_precision": sklearn.metrics.precision_score(truth, prediction, **macro),
             "macro_recall": sklearn.metrics.recall_score(truth, prediction, **macro),
+            "weighted_f1": sklearn.metrics.f1_score(truth, prediction, average="weighted", zero_division=0),
+            "mcc": sklearn.metrics.matthews_corrcoef(truth, prediction),
         }
+        kappa = sklearn.metrics.cohen_kappa_score(truth, prediction)
         per_class = sklearn.metrics.precision_recall_fscore_support(truth, prediction, labels=classes, zero_division=0)
         confusion = sklearn.metrics.confusion_matrix(truth, prediction, labels=classes)
     for name, value in expected.items():
@@ -130,6 +134,11 @@ def test_figures_are_scikit_learns(case):
             [column[label] for column in per_class], abs=1e-12
         )
     assert ours["confusion_matrix"] == confusion.tolist()
+    assert ours["cohen_kappa"] == (None if np.isnan(kappa) else pytest.approx(kappa, abs=1e-12))
+    for label, row in enumerate(ours["per_class"].values()):
+        # the recall of what is not of the class
+        expected = sklearn.metrics.recall_score(truth != label, prediction != label, zero_division=0)
+        assert row["specificity"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_loss_is_scikit_learns_log_loss_where_that_does_not_clip():
@@ -155,6 +164,34 @@ def test_auroc_is_scikit_learns(case):
         assert ours["auroc_macro_ovr"] == pytest.approx(np.mean(areas), abs=1e-6)
     else:
         assert ours["auroc_macro_ovr"] is None
+
+
+def test_average_precision_is_scikit_learns(case):
+    logits, labels = case
+    ours = score(logits, labels)
+    probabilities = logits.double().softmax(1).numpy()
+    found = []
+    for label, row in enumerate(ours["per_class"].values()):
+        positive = labels.numpy() == label
+        if positive.any():
+            found.append(sklearn.metrics.average_precision_score(positive, probabilities[:, label]))
+            assert row["average_precision"] == pytest.approx(found[-1], abs=1e-12)
+        else:
+            assert row["average_precision"] is None
+    assert ours["average_precision_macro"] == pytest.approx(np.mean(found), abs=1e-12)
+
+
+def test_brier_score_is_scikit_learns(case):
+    logits, labels = case
+    classes = logits.shape[1]
+    probabilities = logits.double().softmax(1).numpy()
+    if classes == 1:  # which scikit-learn refuses
+        expected = 0
+    elif classes == 2:
+        expected = sklearn.metrics.brier_score_loss(labels.numpy(), probabilities[:, 1], pos_label=1)
+    else:
+        expected = sklearn.metrics.brier_score_loss(labels.numpy(), probabilities, labels=list(range(classes)))
+    assert score(logits, labels)["brier"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_macro_auroc_is_scikit_learns_multiclass_auroc():
@@ -196,7 +233,11 @@ def test_every_figure_is_plain_and_json_has_no_nan(case):
         "loss",
     ]
     assert all(type(ours[name]) is float for name in list(ours)[:8] if ours[name] is not None)
-    assert set(ours["per_class"]["a"]) == {"precision", "recall", "f1", "support", "auroc"}
+    assert list(ours)[8:13] == ["brier", "weighted_f1", "average_precision_macro", "cohen_kappa", "mcc"]
+    assert all(type(ours[name]) is float for name in list(ours)[8:13] if ours[name] is not None)
+    row = ours["per_class"]["a"]
+    assert list(row) == ["precision", "recall", "f1", "support", "auroc", "average_precision", "specificity"]
+    assert {type(value) for value in row.values()} <= {float, int, type(None)}
 
 
 def test_no_warning_reaches_the_user(case):
@@ -216,10 +257,15 @@ def test_two_classes_have_a_positive_one(positive_class, label):
     assert ours["precision"] == pytest.approx(
         sklearn.metrics.precision_score(truth, prediction, pos_label=label), abs=1e-12
     )
+    is_it, scores = truth == label, logits.double().softmax(1)[:, label].numpy()
+    assert ours["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(is_it, scores), abs=1e-6)
+    assert ours["average_precision"] == pytest.approx(sklearn.metrics.average_precision_score(is_it, scores), abs=1e-12)
+    true_negatives = ((truth != label) & (prediction != label)).sum()
+    assert ours["specificity"] == pytest.approx(true_negatives / (truth != label).sum(), abs=1e-12)
 
 
 def test_more_classes_have_no_positive_one():
-    assert not {"positive_class", "precision", "recall", "f1"} & set(score(*sample(3, 50)))
+    assert not {"positive_class", *BINARY_METRIC_NAMES} & set(score(*sample(3, 50)))
     with pytest.raises(UserError, match="'b': only for two classes, here are 3"):
         ClassificationMetrics("abc", positive_class="b")
     with pytest.raises(UserError, match="'x': the classes are a, b"):
@@ -308,8 +354,8 @@ def test_wrong_shapes_and_labels_are_refused():
         score(torch.zeros(2, 3), torch.tensor([-1, 1]))
 
 
-def test_better_means_lower_for_loss_and_calibration_error_only():
-    assert {name for name in METRIC_NAMES if not higher_is_better(name)} == {"loss", "ece"}
+def test_better_means_lower_for_loss_and_calibration_alone():
+    assert {name for name in METRIC_NAMES if not higher_is_better(name)} == {"loss", "ece", "brier"}
     assert metric_is_better("macro_f1", 0.8, 0.7)
     assert not metric_is_better("macro_f1", 0.7, 0.7)
     assert metric_is_better("loss", 0.7, 0.8)
@@ -325,6 +371,10 @@ def test_metric_names_are_what_metrics_hold():
         check_metric_name(name, 2)
     with pytest.raises(UserError, match="--eval-metric f1: only for two classes, here are 3; use macro_f1"):
         check_metric_name("f1", 3)
+    for name in BINARY_METRIC_NAMES:
+        with pytest.raises(UserError, match="; use ") as refused:
+            check_metric_name(name, 3)
+        check_metric_name(str(refused.value).split("; use ")[1], 3)
     for refuse in (lambda: check_metric_name("auc", 3), lambda: higher_is_better("auc")):
         with pytest.raises(UserError, match=r"--eval-metric auc: unknown; choose one of macro_f1, .*auroc_macro_ovr"):
             refuse()
@@ -336,12 +386,14 @@ def test_report_holds_every_class_and_every_count():
     lines = format_report(metrics).splitlines()
     assert lines[0].startswith(f"accuracy {metrics['accuracy']:.4f}   balanced accuracy")
     row = metrics["per_class"]["malignant"]
-    figures = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+    figures = [f"{row[key]:.4f}" for key in ("precision", "recall", "specificity", "f1")]
     assert [line.split() for line in lines if line.startswith("malignant")] == [
-        ["malignant", *figures, str(row["support"]), f"{row['auroc']:.4f}"],
+        ["malignant", *figures, str(row["support"]), f"{row['auroc']:.4f}", f"{row['average_precision']:.4f}"],
         ["malignant", *(str(count or ".") for count in metrics["confusion_matrix"][1])],
     ]
+    # specificity has no macro average
     assert next(line for line in lines if line.startswith("macro")).split()[3] == f"{metrics['macro_f1']:.4f}"
+    assert f"Cohen's kappa {metrics['cohen_kappa']:.4f}   MCC {metrics['mcc']:.4f}" in lines[1]
 
 
 def test_report_of_two_classes_names_the_positive_one():
@@ -349,10 +401,10 @@ def test_report_of_two_classes_names_the_positive_one():
     assert f"positive class TB:   precision {metrics['precision']:.4f}" in format_report(metrics)
 
 
-def test_report_shows_an_undefined_auroc_as_a_dash():
+def test_report_shows_an_undefined_area_as_a_dash():
     logits, labels = absent_in_truth()
     row = next(line for line in format_report(score(logits, labels)).splitlines() if line.startswith("c "))
-    assert row.split()[-2:] == ["0", "-"]
+    assert row.split()[-3:] == ["0", "-", "-"]
 
 
 @pytest.mark.parametrize("classes", [2, 3, 12, 26])

@@ -24,3 +24,10 @@ def test_an_epoch_that_is_repeated_has_its_draws_once(tmp_path):
         ("2", "cat, small", "6"),
         ("2", "dog", "4"),
     ]
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_with_more_columns(tmp_path):
+    run = RunDirectory.create(Config(output=str(tmp_path / "run")))
+    run.write_history([{"epoch": 0, "val_loss": 1.5}, {"epoch": 1, "val_loss": 1.25, "val_mcc": 0.5}])
+    run.close()
+    assert (run.path / "summary.csv").read_text() == "epoch,val_loss,val_mcc\n0,1.5,\n1,1.25,0.5\n"

@@ -165,6 +165,10 @@ class Loader(ABC):
             self.reasons_lost[failure.index] = failure.reason
             tqdm.write(f"left out from now on: {file}: {failure.reason}", file=sys.stderr)
 
+    def kept(self) -> np.ndarray:
+        """The images that have not been lost so far, in order: indices into the samples, (n,) int64."""
+        return np.flatnonzero(~self._lost)
+
     def indices(self, order: np.ndarray, batch: int) -> np.ndarray:
         """The images of a batch, (B,) int64, without those that were lost."""
         indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]

@@ -1,0 +1,126 @@
+"""What a model makes of a set of images, and the figures that a run or ``engine.evaluate`` ends with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.data import Loader
+from engine.device import Precision
+from engine.errors import UserError
+from engine.intervals import bootstrap_intervals
+from engine.metrics import ClassificationMetrics, checked_samples, classification_metrics, probability_figures
+from engine.operating_points import operating_points
+from engine.predictions import Predictions, names_below
+
+TTA = ("none", "hflip")
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """n images with what the model says of them.
+
+    Attributes:
+        files: n names, as the samples have them.
+        class_names: the names of labels 0, 1, ...
+        logits: (n, classes) float64, finite, on the CPU.
+        labels: (n,) int64, the truth.
+    """
+
+    files: tuple[str, ...]
+    class_names: tuple[str, ...]
+    logits: Tensor
+    labels: Tensor
+
+    def predictions(self, folder: Path) -> Predictions:
+        """For ``predictions.csv``, with names relative to ``folder``."""
+        names = names_below(self.files, folder)
+        return Predictions(names, self.class_names, self.labels, self.logits.argmax(dim=1), self.logits.softmax(dim=1))
+
+
+def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+    """The metrics of `engine.metrics` over one pass of the loader. Raises UserError where a logit is not finite."""
+    try:
+        return _pass(model, loader, class_names, precision, "none").compute()
+    except ValueError as error:
+        raise _cannot_score(error) from error
+
+
+def score_images(
+    model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision, *, tta: str = "none"
+) -> Scored:
+    """Logits and labels over one pass of an evaluation loader, each with its file.
+
+    Args:
+        tta: one of ``TTA``: "hflip" takes the mean of the probabilities of the image and of its mirror image; the
+            logits are then the logarithm of that mean.
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    metrics = _pass(model, loader, class_names, precision, tta)
+    try:
+        logits, labels = checked_samples(torch.cat(metrics.logits), torch.cat(metrics.labels), len(class_names))
+    except ValueError as error:
+        raise _cannot_score(error) from error
+    # A pass gives every image once, in order, so that those that it has lost by its end are those that it left out.
+    kept = loader.kept()
+    assert labels.tolist() == loader.data.labels[kept].tolist(), "the pass gave other images than the loader kept"
+    return Scored(tuple(loader.data.files[i] for i in kept), class_names, logits, labels)
+
+
+def final_metrics(
+    scored: Scored, validation: Scored | None, *, split: str, temperature: float | None, sensitivities: Sequence[float]
+) -> dict[str, Any]:
+    """What metrics.json holds beside where it comes from: `classification_metrics`, and
+
+    - ``intervals``: those of `engine.intervals`.
+    - ``temperature``: that of `engine.calibration`, None where there is none; and ``calibrated``, which is ``ece``,
+      ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
+    - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
+      ``split`` is "validation", tried on the same images.
+    """
+    metrics = classification_metrics(scored.logits, scored.labels, scored.class_names)
+    metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
+    metrics["temperature"] = temperature
+    if temperature is not None and split != "validation":
+        metrics["calibrated"] = probability_figures(scored.logits / temperature, scored.labels)
+    if sensitivities and validation is not None:
+        metrics["operating_points"] = operating_points(
+            (validation.logits.softmax(dim=1), validation.labels),
+            (scored.logits.softmax(dim=1), scored.labels),
+            scored.class_names,
+            sensitivities,
+            metrics.get("positive_class"),
+        )
+    return metrics
+
+
+@torch.inference_mode()
+def _pass(
+    model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision, tta: str
+) -> ClassificationMetrics:
+    model.eval()
+    metrics: ClassificationMetrics | None = None
+    for images, labels in loader.epoch(0):
+        with precision.autocast():
+            logits = model(images).float()
+            if tta == "hflip":
+                mirrored = model(images.flip(3)).float()
+                both = torch.logaddexp(F.log_softmax(logits, dim=1), F.log_softmax(mirrored, dim=1))
+                logits = both - math.log(2)
+        metrics = metrics or ClassificationMetrics(class_names, logits.device)
+        metrics.update(logits, labels)
+    assert metrics is not None, "a loader holds at least one image"
+    return metrics
+
+
+def _cannot_score(error: ValueError) -> UserError:
+    return UserError(f"cannot score: {error}; train with a lower --lr or --amp-dtype bfloat16")
