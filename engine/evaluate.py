@@ -50,7 +50,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
-    model = create_model(config.model, num_classes=len(class_names))
+    model = create_model(config.model, num_classes=len(class_names), **config.model_options())
     model.load_state_dict(checkpoint["model"])
     if config.fused_se:
         print(fuse(model, config))
