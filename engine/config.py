@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ PROBABILITIES = (
     *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
     *("minority_aug", "mixup_prob", "mixup_switch_prob"),
 )
+CLASS_WEIGHTS = ("none", "balanced", "effective")
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -69,6 +71,7 @@ class Config:
         choices=("block", "tail"),
     )
     channels_last: bool = _flag(True, "keep activations channels-last", switch=True)
+    drop: float = _flag(0.0, "probability of dropping a feature before the classifier", type=float)
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
@@ -129,24 +132,47 @@ class Config:
     epochs: int = _flag(50, "epochs to train", type=int)
     opt: str = _flag(
         "adamw",
-        "sgd and adamw are torch's fused ones; fusedsgd and fusedadamw NVIDIA Apex's",
-        choices=("sgd", "adamw", "fusedsgd", "fusedadamw"),
+        "sgd (with Nesterov's momentum), momentum (with the plain one), adam and adamw are torch's fused ones; "
+        "fusedsgd and fusedadamw NVIDIA Apex's",
+        choices=("sgd", "momentum", "adam", "adamw", "fusedsgd", "fusedadamw"),
     )
     lr: float = _flag(5e-4, "peak learning rate", type=float)
-    momentum: float = _flag(0.9, "momentum of SGD (Nesterov's)", type=float)
+    momentum: float = _flag(0.9, "momentum of SGD", type=float)
     weight_decay: float = _flag(0.05, "weight decay, of everything but biases and norms", type=float)
+    decay_all: bool = _flag(False, "decay biases and norms too, as torch's optimizers do by themselves", switch=True)
     sched: str = _flag("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup_epochs: int = _flag(3, "epochs of linear warm-up", type=int)
     min_lr: float = _flag(1e-6, "learning rate that the cosine ends at", type=float)
-    smoothing: float = _flag(0.1, "label smoothing", type=float)
+    loss: str = _flag(
+        "cross-entropy",
+        "what is minimised; ldam also makes the classifier a cosine one, and logit-adjustment with --tau 1 is the "
+        "balanced softmax",
+        choices=("cross-entropy", "focal", "ldam", "logit-adjustment"),
+    )
+    focal_gamma: float = _flag(2.0, "exponent of --loss focal", type=float)
+    tau: float = _flag(1.0, "factor of --loss logit-adjustment", type=float)
+    l2_loss: float = _flag(0.0, "add half of this times the sum of squares of all parameters to the loss", type=float)
+    smoothing: float | None = _flag(
+        None, "label smoothing; by default 0.1 with --loss cross-entropy, else 0 as in the papers", type=float
+    )
     mixup: float = _flag(0.0, "alpha of MixUp; 0: off", type=float)
     cutmix: float = _flag(0.0, "alpha of CutMix; 0: off", type=float)
     mixup_prob: float = _flag(1.0, "probability that a batch is mixed, where --mixup or --cutmix is on", type=float)
     mixup_switch_prob: float = _flag(0.5, "probability of CutMix for a mixed batch, where both are on", type=float)
-    class_weights: str = _flag(
+    class_weights: str | tuple[float, ...] = _flag(
         "none",
-        "balanced: weigh the loss of a class by 1 / its count, as scikit-learn does",
-        choices=("none", "balanced"),
+        "weigh the loss of a class of c images: balanced, by 1/c as scikit-learn does; effective, by "
+        "(1-beta)/(1-beta^c); or by numbers, one a class in sorted order",
+        words=CLASS_WEIGHTS,
+    )
+    class_weights_beta: float = _flag(0.999, "beta of --class-weights effective", type=float)
+    drw_epoch: int = _flag(0, "epoch that --class-weights begin with (deferred re-weighting)", type=int)
+    model_ema: bool = _flag(
+        False, "score and keep an exponential moving average of the weights in place of the weights", switch=True
+    )
+    model_ema_decay: float = _flag(0.9998, "share of the average that a step keeps", type=float)
+    model_ema_warmup: bool = _flag(
+        False, "keep less in the first steps: 1 - (1 + n)^(-2/3) after n of them", switch=True
     )
     clip_grad: float | None = _flag(None, "largest norm of the gradient", type=float)
     grad_accum_steps: int = _flag(1, "batches whose gradients are added up before a step", type=int)
@@ -187,16 +213,40 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
-        self._require(0 <= self.smoothing < 1, "smoothing", "at least 0 and below 1")
+        for name in ("smoothing", "drop", "model_ema_decay", "class_weights_beta"):
+            self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        for name in ("focal_gamma", "tau", "l2_loss"):
+            self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
         for name in ("lr", "clip_grad", "early_stopping_patience"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
-        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed"):
+        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed", "drw_epoch"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         self._require(
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )
         for name, known in (("model", MODEL_NAMES), ("eval_metric", METRIC_NAMES)):
             self._require(getattr(self, name) in known, name, f"one of: {', '.join(known)}")
+        self._require(
+            isinstance(self.class_weights, str) or all(0 < weight < math.inf for weight in self.class_weights),
+            "class_weights",
+            f"one of {', '.join(CLASS_WEIGHTS)}, or numbers above 0",
+        )
+        self._require_what_goes_together()
+
+    def _require_what_goes_together(self) -> None:
+        if self.loss == "ldam":
+            for name in ("smoothing", "mixup", "cutmix"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"--loss ldam does not go with {_spelled(name)} {getattr(self, name)}: its margin is that of "
+                        f"an image's one label; leave {_spelled(name)} out, or use another --loss"
+                    )
+        if self.drw_epoch and self.class_weights == "none":
+            raise UserError(
+                f"--drw-epoch {self.drw_epoch} does nothing without --class-weights; add --class-weights effective, "
+                "or leave it out"
+            )
+        self._require(self.drw_epoch < self.epochs, "drw_epoch", "below --epochs, or the weights never count")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -209,6 +259,10 @@ class Config:
 
     def as_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def model_options(self) -> dict[str, Any]:
+        """What ``create_model`` is told beside the model's name and the number of classes."""
+        return {"drop": self.drop, "cosine": self.loss == "ldam"}
 
 
 def _spelled(name: str) -> str:
@@ -268,7 +322,7 @@ def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
     if recipe is not None:
         raise UserError("--recipe does not go with --resume: a run goes on with its own args.yaml")
     values = _checked(_read_yaml(args_file), str(args_file))
-    before, after = Config(**values), Config(**(values | given))
+    before, after = Config(**values), Config.from_mapping(values | given, "the command line")
     for name in given:
         old, new = getattr(before, name), getattr(after, name)
         if name not in _MAY_CHANGE_ON_RESUME and old != new:
@@ -321,6 +375,8 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         if isinstance(value, bool):
             return value
         raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
+    if "words" in argument:
+        return _word_or_numbers(field.name, value, argument["words"], source)
     if "nargs" in argument:
         return _numbers(field.name, value, argument["nargs"], source)
     wanted = argument.get("type", str)
@@ -349,6 +405,17 @@ def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[flo
     except (TypeError, ValueError):
         wanted = "numbers" if count == "+" else f"{count} numbers"
         raise UserError(f"{source}: {name}: {values!r} must be a list of {wanted}") from None
+
+
+def _word_or_numbers(name: str, value: Any, words: tuple[str, ...], source: str) -> str | tuple[float, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) == 1 and values[0] in words:
+        word: str = values[0]
+        return word
+    try:
+        return _numbers(name, values, len(values), source)
+    except UserError:
+        raise UserError(f"{source}: {name}: {value!r} must be one of {', '.join(words)}, or numbers") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -385,6 +452,8 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         shown = "" if default is None else f" (default: {default})"
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
+        elif argument.pop("words", None):
+            argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
         elif "nargs" in argument:
             argument |= {"metavar": "FLOAT", "type": float}
             shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""

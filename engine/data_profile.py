@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from engine.build import make_augmentation, make_sampler, make_train_loader
 from engine.config import Config
 from engine.data import Augmentation, Loader, Samples
 from engine.data.decode import BadImage, decode_image
 from engine.device import Precision
 from engine.model_profile import Quantiles
-from engine.train import make_augmentation, make_sampler, make_train_loader
 
 _WARM_UP_BATCHES, _FEWEST_BATCHES = 8, 5
 
@@ -77,8 +77,8 @@ def profile_pipeline(
 def _loader(
     config: Config, samples: Samples, device: torch.device, precision: Precision, augmentation: Augmentation | None
 ) -> Loader:
-    sampler = make_sampler(config, samples)
-    return make_train_loader(config, samples, device, precision, sampler=sampler, augmentation=augmentation)
+    sampler = make_sampler(samples, config)
+    return make_train_loader(samples, config, device, precision, sampler=sampler, augmentation=augmentation)
 
 
 def _measure(name: str, batches: Batches, seconds: float) -> Stage:

@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from engine.build import data_folder, make_eval_loader, open_data
 from engine.checkpoint import write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config
-from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits, write_digits
+from engine.data import Samples, Splits, drop_bad_samples, open_samples
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.metric_report import format_report
 from engine.predictions import write_predictions
 from engine.scoring import TTA, Scored, final_metrics, score_images
-from engine.trained import add_model_flags, build_model, open_trained
+from engine.trained import add_model_flags, open_trained, restore_model
 
 
 def main(argv: list[str] | None) -> None:
@@ -44,7 +43,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
-    model = build_model(checkpoint, config, device)
+    model = restore_model(checkpoint, config, device)
     precision = Precision(device, config.amp, config.amp_dtype)
 
     def scored_images(samples: Samples) -> Scored:
@@ -63,42 +62,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     temperature = checkpoint.get("temperature") if args.tta == "none" else None
     metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
     return {"split": split, "epoch": checkpoint["epoch"], "tta": args.tta, **metrics}
-
-
-def open_data(config: Config) -> Splits:
-    """The splits that a run trains, validates and tests on."""
-    return open_splits(
-        data_dir=config.data_dir,
-        csv=config.csv,
-        val_csv=config.val_csv,
-        test_csv=config.test_csv,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        allow_links=config.allow_links,
-    )
-
-
-def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
-    """Every image once, in order, resized and normalised, nothing else."""
-    return make_loader(
-        config.data_backend,
-        samples,
-        batch_size=config.batch_size,
-        img_size=config.img_size,
-        device=device,
-        dtype=precision.input_dtype,
-        training=False,
-        crop_pct=config.crop_pct,
-        max_bad_fraction=config.max_bad_fraction,
-        workers=config.workers,
-    )
-
-
-def data_folder(data_dir: str | None, csv: str | None) -> Path:
-    """What the names in predictions.csv are relative to."""
-    if data_dir is not None:
-        return Path(data_dir)
-    return Path(csv).parent if csv is not None else write_digits()
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:

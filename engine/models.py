@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
+from engine.classifier import CosineLinear, DropoutLinear
 from engine.errors import UserError
 from engine.weights import download_imagenet_weights, read_weights_file
 
@@ -93,12 +94,20 @@ class LoadReport:
 
 
 def create_model(
-    name: str, *, num_classes: int, pretrained: bool = False, pretrained_path: PathLike | None = None
+    name: str,
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    pretrained_path: PathLike | None = None,
+    drop: float = 0.0,
+    cosine: bool = False,
 ) -> ResNet:
     """Builds `name`, one of MODEL_NAMES: (N, 3, H, W) images to (N, num_classes) logits.
 
     Initialised as in timm: convolutions by Kaiming's normal fan-out rule, the last BatchNorm weight of each residual
-    branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged.
+    branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged. Training
+    drops each feature before the classifier with probability `drop`; a `cosine` classifier is a
+    `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights.
 
     Raises:
         UserError: unknown name, fewer than one class, or weights that cannot be had or do not fit.
@@ -109,6 +118,10 @@ def create_model(
         raise UserError(f"--num-classes {num_classes}: must be at least 1")
     block, layers = _ARCHITECTURES[name]
     model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=True)
+    if cosine:
+        model.fc = CosineLinear(model.fc, drop)
+    elif drop > 0:
+        model.fc = DropoutLinear(model.fc, drop)
     if pretrained or pretrained_path is not None:
         logger.info("%s", load_pretrained(model, name, pretrained_path))
     return model
@@ -143,8 +156,8 @@ def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -
     """Loads weights from `path`, else torchvision's ImageNet ones, into `model` as ``create_model(name, ...)`` made it.
 
     `path` is a file of torchvision, timm or this project (see ``engine.weights.read_weights_file``). The classifier
-    stays fresh where the file has none or another number of classes. A plain ResNet's weights serve its SE-ResNet:
-    the SE gates then start nearly open.
+    stays fresh where the file has none, another number of classes, or a linear one in place of a cosine or the other
+    way round. A plain ResNet's weights serve its SE-ResNet: the SE gates then start nearly open.
 
     Raises:
         UserError: the weights cannot be had, or anything else is missing, unexpected or of another shape; `model` is
@@ -163,6 +176,10 @@ def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadRep
     classes, given_classes = _classes(expected), _classes(given)
     if given_classes != classes:
         fresh.append(f"classifier ({given_classes} classes in the weights, {classes} here)")
+        expected, given = _trunk(expected), _trunk(given)
+    elif ("fc.bias" in given) != ("fc.bias" in expected):
+        kinds = ("linear", "cosine") if "fc.bias" in given else ("cosine", "linear")
+        fresh.append(f"classifier ({kinds[0]} in the weights, {kinds[1]} here)")
         expected, given = _trunk(expected), _trunk(given)
 
     se_keys = {key for key in expected if ".se." in key}

@@ -13,18 +13,25 @@ from engine.errors import UserError
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW; biases and norms are not decayed.
+    """SGD, Adam or AdamW; biases and norms are not decayed, unless ``config.decay_all``.
 
-    torch's fused implementations serve both; ``fusedsgd`` and ``fusedadamw`` are NVIDIA Apex's.
+    ``sgd`` has Nesterov's momentum and ``momentum`` the plain one; ``adam`` adds the decay to the gradient and
+    ``adamw`` takes it off the weights. These are torch's fused implementations; ``fusedsgd`` (Nesterov's) and
+    ``fusedadamw`` are NVIDIA Apex's.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.momentum > 0}
-    if config.opt == "sgd":
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": config.weight_decay if config.decay_all else 0.0},
+    ]
+    nesterov = config.opt != "momentum" and config.momentum > 0
+    sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": nesterov}
+    if config.opt in ("sgd", "momentum"):
         return torch.optim.SGD(groups, fused=True, **sgd)
-    if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.opt in ("adam", "adamw"):
+        kind = torch.optim.Adam if config.opt == "adam" else torch.optim.AdamW
+        return kind(groups, lr=config.lr, fused=True)
     try:
         from apex.optimizers import FusedAdam, FusedSGD
     except ImportError as error:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine.build import make_eval_loader
 from engine.cli import run
 from engine.config import ArgumentParser, Config
 from engine.data import Samples
@@ -25,9 +26,8 @@ from engine.data.listing import printable, write_all
 from engine.data.unlabelled import Unlabelled, find_images
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.evaluate import make_eval_loader
 from engine.tables import format_table
-from engine.trained import add_model_flags, build_model, open_trained
+from engine.trained import add_model_flags, open_trained, restore_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None) -> int:
     checkpoint, config = open_trained(args)
     images = find_images(args.images, allow_links=args.allow_links)
     output = _free_output(Path(args.output), force=args.force)
-    model = build_model(checkpoint, config, device)
+    model = restore_model(checkpoint, config, device)
     found = predict(model, tuple(checkpoint["class_names"]), images, config, device)
     for i, reason in sorted(found.reasons.items()):
         print(f"not predicted: {printable(found.names[i])}: {reason}", file=sys.stderr)

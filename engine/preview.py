@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
 from engine.cli import run
 from engine.config import Config, add_run_flags, make_parser, resolve
 from engine.data import Augmentation, Samples, WeightedSampler, check_images
@@ -24,11 +25,9 @@ from engine.data.augment import Drawn, class_rarity
 from engine.data.listing import printable, write_all
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.evaluate import make_eval_loader
 from engine.output import free_file
 from engine.preview_picture import PAIRS, PICTURE_FORMATS, Balance, Row, draw_preview
 from engine.tables import format_table
-from engine.train import make_augmentation, make_sampler, make_train_loader, open_run_data
 
 MOST_ROWS = 10
 """Classes of which images are shown."""
@@ -40,8 +39,8 @@ def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     output = _free_output(args)
     config = resolve(_with_source(args))
-    splits = open_run_data(config)
-    samples, sampler = splits.train, make_sampler(config, splits.train)
+    splits = open_data(config)
+    samples, sampler = splits.train, make_sampler(splits.train, config)
     balance = Balance(
         names=tuple(map(printable, samples.class_names)),
         images=samples.class_counts(),
@@ -131,7 +130,7 @@ def _images(
     )
     loaders = (
         make_eval_loader(shown, config, device, precision),
-        make_train_loader(config, shown, device, precision, sampler=OneByOne.of(shown), augmentation=augmentation),
+        make_train_loader(shown, config, device, precision, sampler=OneByOne.of(shown), augmentation=augmentation),
     )
     pictures = []
     for loader in loaders:

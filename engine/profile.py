@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.build import build_model, open_data
 from engine.cli import run
 from engine.config import Config, add_run_flags, make_parser, resolve
 from engine.data import DATA_BACKENDS, Splits
@@ -27,7 +28,6 @@ from engine.errors import UserError
 from engine.model_profile import FLOPS_PER_MAC, PHASES, Arithmetic, Times, count_arithmetic, time_training
 from engine.output import free_file
 from engine.tables import format_table
-from engine.train import build_model, open_run_data
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None) -> None:
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
-    splits = None if model_alone else open_run_data(config)
+    splits = None if model_alone else open_data(config)
 
     figures: dict[str, Any] = {"machine": describe_machine(device), "precision": str(precision)}
     figures["args"] = config.as_mapping()

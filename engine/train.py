@@ -14,19 +14,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.build import (
+    build_model,
+    data_folder,
+    make_augmentation,
+    make_eval_loader,
+    make_sampler,
+    make_train_loader,
+    open_data,
+)
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config, parse_args
-from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, drop_bad, make_loader
+from engine.data import Loader, Samples, Splits, drop_bad
+from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
+from engine.ema import ModelEma
 from engine.errors import UserError
-from engine.evaluate import data_folder, make_eval_loader, open_data
-from engine.fusion import fuse
+from engine.losses import make_criterion, sum_of_squares, twice_corrected
 from engine.metric_report import format_report
 from engine.metrics import check_metric_name, metric_is_better
 from engine.mixing import Mixing
-from engine.models import create_model, load_pretrained
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
 from engine.scoring import final_metrics, score, score_images
@@ -40,13 +49,28 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
+    ema: ModelEma | None = None
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model that is scored and kept: the average of the weights, where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name).state_dict() for field in dataclasses.fields(self)}
+        """Under "model" stands the scored one, which is what all who read a checkpoint are after."""
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
+        state["model"] = self.scored.state_dict()
+        if self.ema is not None:
+            state |= {"raw_model": self.model.state_dict(), "ema_updates": self.ema.updates}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in dataclasses.fields(self):
-            getattr(self, field.name).load_state_dict(state[field.name])
+        for name in ("optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.scored.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.model.load_state_dict(state["raw_model"])
+            self.ema.updates = state["ema_updates"]
 
 
 def main(argv: list[str] | None) -> None:
@@ -65,7 +89,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
-    training, criterion, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
+    criterion_of = make_criterion(config, splits.train.class_counts(), device)
+    training, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
     mixing = _mixing(config, len(splits.train.class_names))
     history: list[Row] = []
     best: Row | None = None
@@ -80,13 +105,13 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     for epoch in range(len(history), config.epochs):
         if _has_stopped_early(config, history, best):
             break
-        stats = train_epoch(training, criterion, train_loader, epoch, config, precision, mixing)
+        stats = train_epoch(training, criterion_of(epoch), train_loader, epoch, config, precision, mixing)
         if not math.isfinite(stats["train_loss"]):
             raise UserError(
                 f"the loss became {stats['train_loss']} in epoch {epoch}; lower --lr, set --clip-grad or use "
                 f"--amp-dtype bfloat16. {run_dir.path} keeps the epochs before"
             )
-        metrics = score(training.model, val_loader, splits.train.class_names, precision)
+        metrics = score(training.scored, val_loader, splits.train.class_names, precision)
         row = {"epoch": epoch, **stats, **{f"val_{name}": value for name, value in _scalars(metrics).items()}}
         history.append(row)
         improved = best is None or _is_better(row, best, config.eval_metric)
@@ -118,6 +143,8 @@ def train_epoch(
     model, optimizer, scaler = training.model.train(), training.optimizer, training.scaler
     loss_sum: Tensor | None = None
     images_seen, waited, began = 0, 0.0, time.perf_counter()
+    # dropout draws from torch's own generators, whose state no checkpoint keeps
+    torch.manual_seed(int(generator(Purpose.DROPOUT, config.seed, epoch).integers(2**63)))
     batches = iter(loader.epoch(epoch))
     steps = len(loader)
     with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=None) as bar:
@@ -133,6 +160,8 @@ def train_epoch(
             group = min(config.grad_accum_steps, steps - group_start)
             with precision.autocast():
                 loss = criterion(model(images), targets)
+            if config.l2_loss:
+                loss = loss + 0.5 * config.l2_loss * sum_of_squares(model.parameters())
             scaler.scale(loss / group).backward()
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
 
@@ -144,6 +173,8 @@ def train_epoch(
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 training.schedule.step()
+                if training.ema is not None:
+                    training.ema.update(model)
 
             images_seen += len(targets)
             seconds = time.perf_counter() - began
@@ -171,129 +202,35 @@ def _mixing(config: Config, num_classes: int) -> Mixing:
     )
 
 
-def make_augmentation(config: Config) -> Augmentation:
-    brightness, contrast, saturation, hue = config.color_jitter
-    jitter = config.aug_prob if config.color_jitter_prob is None else config.color_jitter_prob
-    return Augmentation(
-        crop_scale=config.scale,
-        crop_ratio=config.ratio,
-        rotation=config.aug_prob,
-        affine=config.aug_prob,
-        jitter=jitter,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        sharpness=config.sharpness_prob,
-        blur=config.gaussian_blur_prob,
-        erasing=config.reprob,
-        degrees=config.degrees,
-        translate=config.translate,
-        scale=config.zoom,
-        shear=config.shear,
-        brightness=brightness,
-        contrast=contrast,
-        saturation=saturation,
-        hue=hue,
-        sharpness_factor=config.sharpness,
-        minority=config.minority_aug,
-        auto_augment=config.aa,
-    )
-
-
-def open_run_data(config: Config) -> Splits:
-    """The splits, no image of which has been looked at. Raises UserError where --num-classes is not theirs."""
-    splits = open_data(config)
-    classes = len(splits.train.class_names)
-    if config.num_classes not in (None, classes):
-        raise UserError(
-            f"--num-classes {config.num_classes}, but the data has {classes} classes "
-            f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
-        )
-    return splits
-
-
 def _checked_data(config: Config) -> Splits:
-    splits = open_run_data(config)
+    splits = open_data(config)
     splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     print(splits.description)
     for file in bad:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
+    if warning := twice_corrected(config):
+        print(f"warning: {warning}", file=sys.stderr)
     return splits
 
 
 def _build(
     config: Config, splits: Splits, device: torch.device, precision: Precision, *, starts_fresh: bool
-) -> tuple[Training, nn.Module, Loader]:
+) -> tuple[Training, Loader]:
     check_metric_name(config.eval_metric, len(splits.train.class_names))
     model = build_model(config, len(splits.train.class_names), device, starts_fresh=starts_fresh)
     loader = make_train_loader(
-        config,
         splits.train,
+        config,
         device,
         precision,
-        sampler=make_sampler(config, splits.train),
+        sampler=make_sampler(splits.train, config),
         augmentation=make_augmentation(config),
     )
     optimizer = make_optimizer(model, config)
     steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
-    training = Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), precision.scaler())
-    weights = _class_weights(splits.train, device) if config.class_weights == "balanced" else None
-    return training, nn.CrossEntropyLoss(weights, label_smoothing=config.smoothing), loader
-
-
-def build_model(config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool) -> nn.Module:
-    """On its device, fused as ``config`` says; where it ``starts_fresh``, with the weights that ``config`` names."""
-    model = create_model(config.model, num_classes=num_classes)
-    if starts_fresh and (config.pretrained or config.pretrained_path):
-        print(load_pretrained(model, config.model, config.pretrained_path))
-    if config.fused_se:
-        print(fuse(model, config))
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-
-
-def make_sampler(config: Config, samples: Samples) -> WeightedSampler:
-    return WeightedSampler(
-        samples.labels,
-        len(samples.class_names),
-        sampling=config.sampling,
-        seed=config.seed,
-        alpha=config.sampling_alpha,
-        beta=config.sampling_beta,
-        weights=samples.weights,
-        epoch_size=config.epoch_size,
-        replacement=config.replacement,
-    )
-
-
-def make_train_loader(
-    config: Config,
-    samples: Samples,
-    device: torch.device,
-    precision: Precision,
-    *,
-    sampler: WeightedSampler,
-    augmentation: Augmentation | None,
-) -> Loader:
-    """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
-    return make_loader(
-        config.data_backend,
-        samples,
-        batch_size=config.batch_size,
-        img_size=config.img_size,
-        device=device,
-        dtype=precision.input_dtype,
-        training=True,
-        sampler=sampler,
-        augmentation=augmentation,
-        seed=config.seed,
-        max_bad_fraction=config.max_bad_fraction,
-        workers=config.workers,
-    )
-
-
-def _class_weights(samples: Samples, device: torch.device) -> Tensor:
-    """n / (classes * count), scikit-learn's "balanced"."""
-    counts = torch.as_tensor(samples.class_counts(), dtype=torch.float32)
-    return (len(samples) / (len(counts) * counts)).to(device)
+    schedule = make_schedule(optimizer, config, steps_per_epoch)
+    ema = ModelEma(model, config.model_ema_decay, warmup=config.model_ema_warmup) if config.model_ema else None
+    return Training(model, optimizer, schedule, precision.scaler(), ema), loader
 
 
 def _scalars(metrics: dict[str, Any]) -> Row:

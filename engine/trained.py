@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.build import build_model
 from engine.checkpoint import load_checkpoint
 from engine.config import Config, require_fused
 from engine.data import DATA_BACKENDS
 from engine.errors import UserError
-from engine.fusion import fuse
-from engine.models import create_model
 from engine.run import RunDirectory
 
 
@@ -46,13 +45,10 @@ def open_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Config]:
     return checkpoint, config
 
 
-def build_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
+def restore_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
     """The checkpoint's model on ``device``, fused where ``config`` says so, in evaluation mode."""
-    model = create_model(config.model, num_classes=len(checkpoint["class_names"]))
+    model = build_model(config, len(checkpoint["class_names"]), device, starts_fresh=False)
     model.load_state_dict(checkpoint["model"])
-    if config.fused_se:
-        print(fuse(model, config))
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     return model.eval()
 
 

@@ -105,6 +105,11 @@ def test_wrong_num_classes(capsys, tmp_path, good):
     assert "--num-classes 5, but the data has 2 classes (blue, red)" in line
 
 
+def test_class_weights_for_another_number_of_classes(capsys, tmp_path, good):
+    line = train_refused(capsys, tmp_path, "--data-dir", str(good), "--class-weights", "1", "2", "3")
+    assert "--class-weights 1 2 3: 3 of them, but the data has 2 classes" in line
+
+
 def test_weights_of_another_model(capsys, tmp_path, good):
     from torchvision.models import resnet34
 
@@ -156,6 +161,19 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--val-fraction", "1.5"), "--val-fraction 1.5"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
         (("--device", "tpu"), "--device tpu"),
+        (("--loss", "hinge"), "--loss"),
+        (("--focal-gamma", "-1"), "--focal-gamma -1.0 does not work"),
+        (("--drop", "1"), "--drop 1.0 does not work"),
+        (("--model-ema-decay", "1.5"), "--model-ema-decay 1.5 does not work"),
+        (("--class-weights", "even"), "class_weights: ['even'] must be one of none, balanced, effective, or numbers"),
+        (("--class-weights", "1", "0"), "--class-weights (1.0, 0.0) does not work: it must be one of none"),
+        (("--drw-epoch", "1"), "--drw-epoch 1 does nothing without --class-weights"),
+        (
+            ("--drw-epoch", "1", "--class-weights", "effective"),
+            "--drw-epoch 1 does not work: it must be below --epochs",
+        ),
+        (("--loss", "ldam", "--mixup", "0.2"), "--loss ldam does not go with --mixup 0.2"),
+        (("--loss", "ldam", "--smoothing", "0.1"), "--loss ldam does not go with --smoothing 0.1"),
     ),
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -13,6 +13,7 @@ import torchvision.transforms.v2.functional as F
 from scipy.stats import chisquare
 from torchvision.transforms.v2 import TrivialAugmentWide
 
+from engine.build import make_augmentation
 from engine.config import parse_args
 from engine.data import Augmentation, Samples, WeightedSampler, augment
 from engine.data.augment import PROBABILITIES, Drawn
@@ -21,7 +22,6 @@ from engine.data.torchvision_steps import prepare
 from engine.data.transforms import Tone, composed_colors, composed_warps, warp_matrices
 from engine.data.trivial import SPACE, STRENGTHS
 from engine.errors import UserError
-from engine.train import _augmentation
 from tests.data_helpers import CPU, make_loader, picture, save
 
 SIDE = 48
@@ -149,8 +149,8 @@ def test_operations_come_after_what_else_was_drawn():
 
 
 def test_the_flag_turns_it_on():
-    assert _augmentation(parse_args(["--aa", "trivial"])[0]).auto_augment == "trivial"
-    assert _augmentation(parse_args([])[0]).auto_augment == "none"
+    assert make_augmentation(parse_args(["--aa", "trivial"])[0]).auto_augment == "trivial"
+    assert make_augmentation(parse_args([])[0]).auto_augment == "none"
     with pytest.raises(UserError, match="auto_augment = 'rand' must be one of: none, trivial"):
         Augmentation(auto_augment="rand")
 

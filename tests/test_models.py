@@ -314,6 +314,41 @@ def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
         create_model("seresnet18", num_classes=3, pretrained_path=tmp_path / "other.pth")
 
 
+def test_dropout_before_the_classifier_keeps_keys_and_start_and_is_off_in_evaluation():
+    """And a cosine classifier loses its bias alone."""
+    models = []
+    for options in ({}, {"drop": 0.5}, {"cosine": True}):
+        torch.manual_seed(0)
+        models.append(create_model("resnet18", num_classes=3, **options))
+    plain, dropping, cosine = models
+    start = plain.state_dict()
+    assert dropping.state_dict().keys() == start.keys()
+    assert cosine.state_dict().keys() == start.keys() - {"fc.bias"}
+    for model in (dropping, cosine):
+        assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(dropping.eval()(images), plain.eval()(images))
+    features = torch.ones(4000, plain.fc.in_features)
+    dropping.train()
+    with torch.no_grad():
+        dropping.fc.weight.fill_(1 / plain.fc.in_features)
+        dropping.fc.bias.zero_()
+        kept = dropping.fc(features)[:, 0] / 2
+    assert kept.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert kept.std().item() == pytest.approx(0.5 / plain.fc.in_features**0.5, rel=0.1)
+
+
+def test_a_linear_classifier_does_not_begin_a_cosine_one(tmp_path):
+    model = create_model("resnet18", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "linear.pth")
+    cosine = create_model("resnet18", num_classes=3, cosine=True)
+    report = load_pretrained(cosine, "resnet18", tmp_path / "linear.pth")
+    assert report.fresh == ("classifier (linear in the weights, cosine here)",)
+    assert torch.equal(cosine.conv1.weight, model.conv1.weight)
+    assert not torch.equal(cosine.fc.weight, model.fc.weight)
+
+
 def test_unknown_names_and_numbers_of_classes_are_refused():
     with pytest.raises(UserError, match=r"--model seresnet51: unknown; choose one of .*seresnet50"):
         create_model("seresnet51", num_classes=3)

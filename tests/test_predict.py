@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import predict
+from engine.build import make_eval_loader
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config
@@ -21,7 +22,6 @@ from engine.data.probe import Probe
 from engine.data.unlabelled import find_images
 from engine.device import Precision
 from engine.errors import UserError
-from engine.evaluate import make_eval_loader
 from engine.models import create_model
 from tests.data_helpers import CPU, picture, save
 from tests.image_corpus import WIDTH, make_bad, make_good
@@ -122,7 +122,7 @@ def test_probabilities_are_those_that_evaluation_scores(tmp_path):
     samples = open_samples(NAMES, data_dir=folder)
     precision = Precision(CPU, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, CPU, precision)
-    model = predict.build_model(load_checkpoint(checkpoint), config, CPU)
+    model = predict.restore_model(load_checkpoint(checkpoint), config, CPU)
     with torch.inference_mode(), precision.autocast():
         logits = torch.cat([model(images).float() for images, _ in loader.epoch(0)])
     assert [row["filename"] for row in rows] == list(samples.files)

@@ -11,13 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine import preview
+from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
 from engine.cli import run
 from engine.config import parse_args
 from engine.data import Loader
 from engine.device import Precision
-from engine.evaluate import make_eval_loader
 from engine.preview_picture import PAIRS, Balance, Row, draw_preview
-from engine.train import make_augmentation, make_sampler, make_train_loader, open_run_data
 from tests.data_helpers import CPU, make_folder
 
 SMALL = ("--img-size", "16", "-b", "4", "-j", "2", "--device", "cpu", "--no-amp")
@@ -77,9 +76,9 @@ def test_tiles_are_the_pixels_of_the_run(tmp_path, saved):
     assert round(saved[0].get_figwidth() * saved[0].dpi) == 1820
 
     config, _ = parse_args(["--data-dir", str(folder), *SMALL, *drawing])
-    train, precision = open_run_data(config).train, Precision(CPU, False, "bfloat16")
-    sampler, augmentation = make_sampler(config, train), make_augmentation(config)
-    loader = make_train_loader(config, train, CPU, precision, sampler=sampler, augmentation=augmentation)
+    train, precision = open_data(config).train, Precision(CPU, False, "bfloat16")
+    sampler, augmentation = make_sampler(train, config), make_augmentation(config)
+    loader = make_train_loader(train, config, CPU, precision, sampler=sampler, augmentation=augmentation)
     drawn, labels = pixels(loader, epoch=1)
     plain, _ = pixels(make_eval_loader(train, config, CPU, precision), epoch=0)
     order = sampler.draw(1)
@@ -94,8 +93,8 @@ def test_tiles_are_the_pixels_of_the_run(tmp_path, saved):
 def test_without_data_the_digits_and_their_balance(tmp_path, saved, capsys):
     assert run(preview.main, ["--output", str(tmp_path / "a.jpg"), "-j", "2", "--device", "cpu"]) == 0
     config, _ = parse_args([])
-    train = open_run_data(config).train
-    sampler = make_sampler(config, train)
+    train = open_data(config).train
+    sampler = make_sampler(train, config)
     expected = np.stack([train.class_counts(), sampler.expected().round(1), sampler.histogram(0)], axis=1)
     found = table(capsys.readouterr().out)
     total = found.pop("total")
@@ -121,8 +120,8 @@ def test_of_many_classes_the_largest_the_smallest_and_some_between(tmp_path, sav
 
 def test_a_bad_file_is_named_and_not_shown(skewed, tmp_path, saved, capsys):
     config, _ = parse_args(["--data-dir", str(skewed), *SMALL])
-    train = open_run_data(config).train
-    order = make_sampler(config, train).draw(0)[: len(train) // 4 * 4]
+    train = open_data(config).train
+    order = make_sampler(train, config).draw(0)[: len(train) // 4 * 4]
     bad = int(order[train.labels[order] == 1][0])
     Path(train.files[bad]).write_bytes(b"no image")
     assert run(preview.main, [str(skewed), *SMALL, "--output", str(tmp_path / "a.png")]) == 0

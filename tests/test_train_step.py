@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import Config, parse_args, read_recipe
 from engine.device import Precision, pick_device
+from engine.ema import ModelEma
 from engine.errors import UserError
+from engine.losses import make_criterion
 from engine.metrics import classification_metrics
 from engine.optim import make_optimizer, make_schedule
 from engine.train import Training, _epoch_line, _is_better, _scalars, train_epoch
@@ -37,9 +40,10 @@ class Batches:
 
 def make_training(config: Config, steps_per_epoch: int) -> Training:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     optimizer = make_optimizer(model, config)
-    return Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), FLOAT32.scaler())
+    ema = ModelEma(model, config.model_ema_decay) if config.model_ema else None
+    return Training(model, optimizer, make_schedule(optimizer, config, steps_per_epoch), FLOAT32.scaler(), ema)
 
 
 def random_batches(count: int, size: int = 4) -> list:
@@ -82,13 +86,48 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("opt", ("sgd", "adamw"))
-def test_the_host_reads_one_value_an_epoch(opt):
-    config = Config(epochs=1, warmup_epochs=0, opt=opt, clip_grad=1.0)
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"opt": "sgd"},
+        {"opt": "adamw", "model_ema": True, "l2_loss": 0.1},
+        {"loss": "focal", "class_weights": "balanced"},
+        {"loss": "ldam", "class_weights": "balanced"},
+        {"loss": "logit-adjustment", "class_weights": "balanced"},
+    ),
+    ids=lambda options: options.get("loss", options.get("opt")),
+)
+def test_the_host_reads_one_value_an_epoch(options):
+    config = Config(epochs=1, warmup_epochs=0, clip_grad=1.0, **options)
     training = make_training(config, 6)
+    criterion = make_criterion(config, np.array([3, 2, 1]), CPU)(0)
     with HostReads() as reads:
-        train_epoch(training, nn.CrossEntropyLoss(), Batches(random_batches(6)), 0, config, FLOAT32)
+        train_epoch(training, criterion, Batches(random_batches(6)), 0, config, FLOAT32)
     assert reads.count == 1  # the mean loss, when the epoch is over
+
+
+@pytest.mark.parametrize("scale", (1.0, 2.0**12))
+def test_the_regularised_loss_steps_as_sgd_with_that_weight_decay_on_everything(scale):
+    """Norms and biases too, with accumulated and with scaled gradients; what is reported is the loss with the sum."""
+    batches, criterion = random_batches(5), nn.CrossEntropyLoss()
+    common = {"epochs": 1, "warmup_epochs": 0, "opt": "momentum", "sched": "constant", "grad_accum_steps": 2}
+    decayed = Config(**common, lr=0.1, weight_decay=0.3, decay_all=True)
+    regularised = Config(**common, lr=0.1, weight_decay=0.0, l2_loss=0.3)
+    expected, got = make_training(decayed, 3), make_training(regularised, 3)
+    got.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for training, config in ((expected, decayed), (got, regularised)):
+        train_epoch(training, criterion, Batches(batches), 0, config, FLOAT32)
+    for a, b in zip(got.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    still = Config(**common, lr=1e-30, weight_decay=0.0, l2_loss=0.3)
+    plain = Config(**common, lr=1e-30, weight_decay=0.0)
+    with_sum, without = (
+        train_epoch(make_training(config, 3), criterion, Batches(batches), 0, config, FLOAT32)["train_loss"]
+        for config in (still, plain)
+    )
+    squares = sum((p.detach() ** 2).sum().item() for p in make_training(plain, 3).model.parameters())
+    assert with_sum - without == pytest.approx(0.15 * squares, rel=1e-5)
 
 
 def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
@@ -106,12 +145,39 @@ def test_schedule_warms_up_linearly_and_falls_as_a_cosine():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
-def test_biases_and_norms_are_not_decayed():
+def test_biases_and_norms_are_not_decayed_unless_all_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     decayed, others = make_optimizer(model, Config(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert [p.dim() for p in decayed["params"]] == [4]
     assert len(others["params"]) == 3
+    everything = make_optimizer(model, Config(weight_decay=0.3, decay_all=True)).param_groups
+    assert [group["weight_decay"] for group in everything] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("opt", "reference"),
+    (
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)),
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
+        ("momentum", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1, nesterov=True)),
+    ),
+    ids=("adam", "adamw", "momentum", "sgd"),
+)
+def test_with_everything_decayed_an_optimizer_is_torchs_own(opt, reference):
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    config = Config(opt=opt, lr=0.01, weight_decay=0.1, decay_all=True)
+    for model, optimizer in zip(
+        models, (make_optimizer(models[0], config), reference(models[1].parameters())), strict=True
+    ):
+        for i in range(4):
+            optimizer.zero_grad()
+            (model(torch.full((1, 3), float(i))) ** 2).sum().backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_apex_is_asked_for_by_name_and_missed_by_name():
@@ -131,6 +197,21 @@ def test_command_line_overrides_recipe_overrides_defaults(tmp_path):
     assert (config.lr, config.epochs, config.model, config.channels_last) == (0.01, 9, "seresnet34", False)
     assert config.batch_size == Config().batch_size
     assert resume is None
+
+
+def test_class_weights_are_a_name_or_numbers(tmp_path):
+    def weights(*flags: str) -> object:
+        return parse_args(["--data-dir", str(tmp_path), *flags])[0].class_weights
+
+    assert weights() == "none"
+    assert weights("--class-weights", "effective", "--epochs", "9") == "effective"
+    assert weights("--class-weights", "1", "2.5") == (1.0, 2.5)
+    recipe = tmp_path / "mine.yaml"
+    for text, expected in (("balanced", "balanced"), ("[1, 2.5]", (1.0, 2.5))):
+        recipe.write_text(f"class_weights: {text}\n")
+        assert weights("--recipe", str(recipe)) == expected
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(Config(class_weights=(1.0, 2.5)).as_mapping()))
+    assert parse_args(["--resume", str(tmp_path), "--class-weights", "1", "2.5"])[0].class_weights == (1.0, 2.5)
 
 
 def test_what_is_fused_may_change_on_resume(tmp_path):

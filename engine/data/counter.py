@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 3
     MIXING = 4
     SPLIT = 5
+    DROPOUT = 6
 
 
 def generator(purpose: Purpose, seed: int, stream: int, *, block: int = 0) -> np.random.Generator:

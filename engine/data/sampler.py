@@ -155,10 +155,15 @@ def _class_weights(counts: np.ndarray, sampling: str, alpha: float, beta: float)
         raise UserError(f"--sampling-beta {beta} does not work: it must be at least 0 and below 1")
     c = np.maximum(counts, 1).astype(np.float64)
     if sampling == "effective":
-        weights = (1 - beta) / -np.expm1(c * np.log(beta)) if beta > 0 else np.ones_like(c)
+        weights = effective_weights(c, beta)
     else:
         weights = c ** -{"none": 0.0, "inverse": 1.0, "sqrt": 0.5, "power": alpha, "column": 0.0}[sampling]
     return np.where(counts > 0, weights, 0.0)
+
+
+def effective_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """(1 - beta) / (1 - beta^c) of counts c (float64, at least 1) and beta in [0, 1): one over the effective number."""
+    return (1 - beta) / -np.expm1(counts * np.log(beta)) if beta > 0 else np.ones_like(counts)
 
 
 def _checked_weights(weights: np.ndarray | None, n: int) -> np.ndarray:

@@ -1,0 +1,139 @@
+"""What a configuration asks for: its images, the loaders that give them, and its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.config import Config
+from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
+from engine.device import Precision
+from engine.errors import UserError
+from engine.fusion import fuse
+from engine.models import create_model, load_pretrained
+
+
+def open_data(config: Config) -> Splits:
+    """The splits that a run trains, validates and tests on, no image of which has been looked at.
+
+    Raises UserError where --num-classes is not theirs.
+    """
+    splits = open_splits(
+        data_dir=config.data_dir,
+        csv=config.csv,
+        val_csv=config.val_csv,
+        test_csv=config.test_csv,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        allow_links=config.allow_links,
+    )
+    classes = len(splits.train.class_names)
+    if config.num_classes not in (None, classes):
+        raise UserError(
+            f"--num-classes {config.num_classes}, but the data has {classes} classes "
+            f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
+        )
+    return splits
+
+
+def data_folder(data_dir: str | None, csv: str | None) -> Path:
+    """What the names in predictions.csv are relative to."""
+    if data_dir is not None:
+        return Path(data_dir)
+    return Path(csv).parent if csv is not None else write_digits()
+
+
+def make_sampler(samples: Samples, config: Config) -> WeightedSampler:
+    return WeightedSampler(
+        samples.labels,
+        len(samples.class_names),
+        sampling=config.sampling,
+        seed=config.seed,
+        alpha=config.sampling_alpha,
+        beta=config.sampling_beta,
+        weights=samples.weights,
+        epoch_size=config.epoch_size,
+        replacement=config.replacement,
+    )
+
+
+def make_augmentation(config: Config) -> Augmentation:
+    brightness, contrast, saturation, hue = config.color_jitter
+    jitter = config.aug_prob if config.color_jitter_prob is None else config.color_jitter_prob
+    return Augmentation(
+        crop_scale=config.scale,
+        crop_ratio=config.ratio,
+        rotation=config.aug_prob,
+        affine=config.aug_prob,
+        jitter=jitter,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        sharpness=config.sharpness_prob,
+        blur=config.gaussian_blur_prob,
+        erasing=config.reprob,
+        degrees=config.degrees,
+        translate=config.translate,
+        scale=config.zoom,
+        shear=config.shear,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        sharpness_factor=config.sharpness,
+        minority=config.minority_aug,
+        auto_augment=config.aa,
+    )
+
+
+def make_train_loader(
+    samples: Samples,
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    *,
+    sampler: WeightedSampler,
+    augmentation: Augmentation | None,
+) -> Loader:
+    """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
+    return make_loader(
+        config.data_backend,
+        samples,
+        batch_size=config.batch_size,
+        img_size=config.img_size,
+        device=device,
+        dtype=precision.input_dtype,
+        training=True,
+        sampler=sampler,
+        augmentation=augmentation,
+        seed=config.seed,
+        max_bad_fraction=config.max_bad_fraction,
+        workers=config.workers,
+    )
+
+
+def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
+    """Every image once, in order, resized and normalised, nothing else."""
+    return make_loader(
+        config.data_backend,
+        samples,
+        batch_size=config.batch_size,
+        img_size=config.img_size,
+        device=device,
+        dtype=precision.input_dtype,
+        training=False,
+        crop_pct=config.crop_pct,
+        max_bad_fraction=config.max_bad_fraction,
+        workers=config.workers,
+    )
+
+
+def build_model(config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool) -> nn.Module:
+    """On its device, fused as ``config`` says; where it ``starts_fresh``, with the weights that ``config`` names."""
+    model = create_model(config.model, num_classes=num_classes, **config.model_options())
+    if starts_fresh and (config.pretrained or config.pretrained_path):
+        print(load_pretrained(model, config.model, config.pretrained_path))
+    if config.fused_se:
+        print(fuse(model, config))
+    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
