@@ -114,7 +114,7 @@ def time_training(
     """Trains the model on noise for about ``seconds`` after a warm-up, by the same steps as a run."""
     model.train()
     optimizer, scaler = make_optimizer(model, config), precision.scaler()
-    criterion = make_criterion(config, np.ones(num_classes), device)(epoch=config.epochs)
+    criterion = make_criterion(config, np.ones(num_classes), device)(config.epochs)
     # as a loader delivers them
     shape = (config.batch_size, config.img_size, config.img_size, 3)
     images = torch.randn(shape, device=device).to(precision.input_dtype).permute(0, 3, 1, 2)
