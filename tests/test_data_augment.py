@@ -15,6 +15,8 @@ from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 from engine.data import Augmentation, DaliLoader, TorchvisionLoader
 from engine.data.augment import PROBABILITIES, Drawn, class_rarity
+from engine.data.decode import decode_image
+from engine.data.torchvision_steps import prepare
 from engine.data.transforms import centre_boxes, color_matrices, random_boxes, warp_matrices, widest_boxes
 from engine.errors import UserError
 from tests.data_helpers import make_loader, make_samples, picture
@@ -234,8 +236,15 @@ def samples(tmp_path_factory):
 
 
 def changed(pipeline, samples, img_size: int = SIDE, **change) -> torch.Tensor:
-    options = {"training": True, "img_size": img_size, "augmentation": Fixed(change=change)}
-    loader = make_loader(samples, pipeline=pipeline, **options)
+    """The samples, changed; by torchvision as its loader's workers do it, but here, since each would have to start."""
+    augmentation, n = Fixed(change=change), len(samples)
+    if pipeline is TorchvisionLoader:
+        drawn = augmentation.draw(0, 0, np.arange(n))
+        box = None if drawn.boxes is None else drawn.boxes[0]
+        images = [torch.from_numpy(decode_image(file).copy()).permute(2, 0, 1) for file in samples.files]
+        options = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+        return torch.stack([prepare(image, img_size, box, drawn, i, **options) for i, image in enumerate(images)])
+    loader = make_loader(samples, pipeline=pipeline, training=True, img_size=img_size, augmentation=augmentation)
     images, labels = next(loader.epoch(0))
     order = loader.sampler.draw(0)
     assert labels.tolist() == samples.labels[order].tolist()
@@ -243,7 +252,7 @@ def changed(pipeline, samples, img_size: int = SIDE, **change) -> torch.Tensor:
 
 
 def plain(samples) -> torch.Tensor:
-    return next(make_loader(samples, img_size=SIDE).epoch(0))[0]
+    return torch.stack([torch.from_numpy(decode_image(f) / np.float32(255)).permute(2, 0, 1) for f in samples.files])
 
 
 def levels(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
