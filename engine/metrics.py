@@ -100,7 +100,7 @@ class ClassificationMetrics(Metric):
         self.labels.append(labels.detach().to(self.device, torch.int64, copy=True))
 
     def compute(self) -> dict[str, Any]:
-        """The contents of ``metrics.json``; see ``classification_metrics``."""
+        """See ``classification_metrics``, which this calls."""
         if not len(self.logits):
             raise ValueError("no samples to score: the data set is empty")
         return classification_metrics(

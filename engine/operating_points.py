@@ -20,7 +20,7 @@ def sensitivity_threshold(scores: Tensor, positive: Tensor, sensitivity: float) 
     own = scores[positive].sort(descending=True).values
     if not len(own):
         return None
-    # 0.55 * 20 is a little more than 11 in floating point
+    # 0.55 * 100 is a little more than 55 in floating point
     return own[math.ceil(sensitivity * len(own) - 1e-9) - 1].item()
 
 
