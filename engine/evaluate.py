@@ -15,7 +15,7 @@ from torch import nn
 from engine.checkpoint import load_checkpoint, write_atomically
 from engine.cli import run
 from engine.config import ArgumentParser, Config, require_fused
-from engine.data import Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
+from engine.data import DATA_BACKENDS, Loader, Samples, Splits, drop_bad_samples, make_loader, open_samples, open_splits
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.fusion import fuse
@@ -42,7 +42,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = Config.from_mapping(checkpoint["args"], str(path))
     changes = {
         name: getattr(args, name)
-        for name in ("batch_size", "workers", "max_bad_fraction", "fused_scope")
+        for name in ("batch_size", "data_backend", "workers", "max_bad_fraction", "fused_scope")
         if getattr(args, name) is not None
     }
     config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epoch", type=int, help="score that epoch, where the run kept it (--keep-epochs)")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")
     parser.add_argument("-b", "--batch-size", type=int, help="images a step")
+    parser.add_argument("--data-backend", choices=DATA_BACKENDS, help="what reads images; as in the run without it")
     parser.add_argument("-j", "--workers", type=int, help="threads that read and decode images")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; cuda where there is one")
     parser.add_argument("--fused-se", action="store_true", help="use the fused operators; as the run did without it")
