@@ -140,9 +140,11 @@ def test_images_that_just_fit_are_taken_and_count_for_the_next(tmp_path, monkeyp
     loader_of(files_of(tmp_path / "b"))
 
 
+@pytest.mark.filterwarnings("error:.*not writable")
 def test_arrays_in_memory_take_no_more(monkeypatch):
     monkeypatch.setattr(resident, "free_memory", lambda device: 0)
     pixels = np.stack([picture(16, 16, seed=i) for i in range(3)])
+    pixels.flags.writeable = False
     samples = Samples(("x", "y", "z"), np.arange(3), ("a", "b", "c"), pixels=pixels)
     images, _ = next(loader_of(samples).epoch(0))
     torch.testing.assert_close(images.permute(0, 2, 3, 1) * 255, torch.from_numpy(pixels).float(), atol=1e-3, rtol=0)

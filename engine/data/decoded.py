@@ -91,9 +91,12 @@ def open_decoded(samples: Samples, *, workers: int, admit: Admit) -> Decoded:
     """
     if samples.pixels is not None:
         return _of_arrays(samples.pixels, admit)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
         files = _DecodedFiles(samples.files, pool, workers)
         return files.read(admit) or files.make(admit)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _of_arrays(images: np.ndarray, admit: Admit) -> Decoded:
@@ -130,7 +133,7 @@ class _DecodedFiles:
 
     def make(self, admit: Admit) -> Decoded:
         """Decodes all files and puts them into the cache."""
-        total = 3 * sum(self._map(_area, self._files))
+        total = 3 * sum(_shown("reading sizes", self._map(_area, self._files), len(self._files)))
         admit(total, False)
         unfinished = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
         try:
@@ -171,11 +174,10 @@ class _DecodedFiles:
         def is_whole(i: int) -> bool:
             return zlib.crc32(found.pixels[found.starts[i] : stops[i]].data) == sums[i]
 
-        with _bar("checking decoded images", len(sums)) as bar:
-            for i, whole in enumerate(self._map(is_whole, range(len(sums)))):
-                if not whole:
-                    raise _Unusable(f"damaged where it holds {self._files[i]}")
-                bar.update()
+        checks = self._map(is_whole, range(len(sums)))
+        for i, whole in enumerate(_shown("checking decoded images", checks, len(sums))):
+            if not whole:
+                raise _Unusable(f"damaged where it holds {self._files[i]}")
 
     def _failing(self, indices: np.ndarray) -> tuple[Failure, ...]:
         """Files that failed before are tried again: it may not be by their size or time that they have become good."""
@@ -190,15 +192,13 @@ class _DecodedFiles:
         entries = np.zeros(len(self._files), dtype=_ENTRY)
         failures = []
         file.write(bytes(_HEADER.size))
-        with _bar("decoding images", len(entries)) as bar:
-            for i, found in enumerate(self._decode_in_order()):
-                if isinstance(found, BadImage):
-                    failures.append(Failure(i, str(found)))
-                else:
-                    pixels, checksum = found
-                    entries[i] = pixels.shape[:2], checksum
-                    file.write(pixels.data)
-                bar.update()
+        for i, found in enumerate(_shown("decoding images", self._decode_in_order(), len(entries))):
+            if isinstance(found, BadImage):
+                failures.append(Failure(i, str(found)))
+                continue
+            pixels, checksum = found
+            entries[i] = pixels.shape[:2], checksum
+            file.write(pixels.data)
         total, index = file.tell() - _HEADER.size, entries.tobytes()
         file.write(index)
         file.seek(0)
@@ -259,8 +259,7 @@ def _decoded(file: BinaryIO, entries: np.ndarray) -> Decoded:
     sizes = entries["size"].astype(np.int32)
     starts = _starts(sizes)
     total = int(3 * sizes.prod(axis=1, dtype=np.int64).sum())
-    # copied where it is written to, which nobody does: torch has no tensors that are read-only
-    pixels = np.memmap(file, mode="c", offset=_HEADER.size, shape=(total,)) if total else np.zeros(0, dtype=np.uint8)
+    pixels = np.memmap(file, mode="r", offset=_HEADER.size, shape=(total,)) if total else np.zeros(0, dtype=np.uint8)
     return Decoded(pixels, starts, sizes)
 
 
@@ -308,8 +307,9 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _bar(what: str, images: int) -> tqdm:
-    return tqdm(total=images, desc=what, unit="img", leave=False)
+def _shown(what: str, items: Iterable[Out], total: int) -> Iterable[Out]:
+    """With a progress bar on stderr."""
+    return tqdm(items, desc=what, total=total, unit="img", leave=False)
 
 
 def mebibytes(count: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -166,9 +167,12 @@ def _load(samples: Samples, device: torch.device, workers: int) -> Resident:
             )
 
     decoded = open_decoded(samples, workers=workers, admit=admit)
+    with warnings.catch_warnings():  # torch warns that it could be written to, which nobody does
+        warnings.simplefilter("ignore")
+        pixels = torch.from_numpy(decoded.pixels)
     return Resident(
         samples,
-        _moved(torch.from_numpy(decoded.pixels), device),
+        _moved(pixels, device),
         torch.from_numpy(decoded.starts).to(device),
         torch.from_numpy(decoded.sizes).to(device),
         decoded.sizes,
