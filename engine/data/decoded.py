@@ -54,7 +54,7 @@ _MAGIC = b"RGBset\0\1"
 _ENTRY = np.dtype([("size", "<i4", 2), ("sum", "<u4")])
 _SUFFIX = ".rgb"
 _AT_ONCE = 256
-_ABANDONED_SECONDS = 24 * 3600
+_ABANDONED_SECONDS = 3600
 
 Admit = Callable[[int, bool], None]
 """Is told how many bytes the pixels take, and whether they stand in memory already; raises where they may not."""
