@@ -196,7 +196,10 @@ class Config:
     keep_epochs: bool = _flag(False, "keep the weights of every epoch in epochs/", switch=True)
     output: str | None = _flag(None, "run directory to make; output/train/<time>-<model> by default", type=str)
     data_backend: str = _flag(
-        "dali", "what reads and augments images: NVIDIA DALI, or torchvision in a DataLoader", choices=DATA_BACKENDS
+        "dali",
+        "what reads and augments images: NVIDIA DALI; resident, the fused operator on images that are decoded once and "
+        "kept in memory; or torchvision in a DataLoader",
+        choices=DATA_BACKENDS,
     )
     workers: int = _flag(4, "threads (torchvision: processes) that read and decode images", short="-j", type=int)
     device: str | None = _flag(None, "cuda, cuda:1 or cpu; cuda where there is one", type=str)

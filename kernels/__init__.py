@@ -1,6 +1,7 @@
 """Fused Squeeze-and-Excitation and residual tails for PyTorch, forward and backward, channels-last and NCHW."""
 
 from kernels.backends import BackendUnavailable, available_backends
+from kernels.images import pack_edits, prepare_images
 from kernels.modules import FusedSE, FusedSEBlock, fuse_se, se_modules, unfuse_se
 from kernels.norm_pool import norm_relu_pool
 from kernels.norms import Norm
@@ -22,6 +23,8 @@ __all__ = [
     "fuse_se",
     "fuse_tails",
     "norm_relu_pool",
+    "pack_edits",
+    "prepare_images",
     "residual_tail",
     "se_modules",
     "squeeze_excite",

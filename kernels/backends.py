@@ -20,6 +20,7 @@ OPERATORS = {
     "squeeze_excite": BACKENDS,
     "residual_tail": ("eager", "cpu", "triton"),
     "norm_relu_pool": ("eager", "cpu", "triton"),
+    "prepare_images": ("eager",),
 }
 
 

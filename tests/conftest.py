@@ -49,9 +49,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def checks_are_remembered_elsewhere(tmp_path_factory):
+def checks_and_pixels_are_kept_elsewhere(tmp_path_factory):
     """The tests' thousand folders stay out of the user's cache."""
-    verdicts = sys.modules.get("engine.data.verdicts")
-    if verdicts is not None:
-        folder = tmp_path_factory.mktemp("cache")
-        verdicts.cache_folder = lambda: folder
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("engine.data.verdicts", "engine.data.decoded"):
+        if name in sys.modules:
+            sys.modules[name].cache_folder = lambda: folder

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest, ks_2samp
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from engine.data import Augmentation, DaliLoader, TorchvisionLoader
+from engine.data import Augmentation, DaliLoader, ResidentLoader, TorchvisionLoader
 from engine.data.augment import PROBABILITIES, Drawn, class_rarity
 from engine.data.decode import decode_image
 from engine.data.torchvision_steps import prepare
@@ -22,7 +22,7 @@ from engine.errors import UserError
 from tests.data_helpers import make_loader, make_samples, picture
 
 SIDE = 48
-PIPELINES = pytest.mark.parametrize("pipeline", (DaliLoader, TorchvisionLoader))
+PIPELINES = pytest.mark.parametrize("pipeline", (DaliLoader, ResidentLoader, TorchvisionLoader))
 NEVER = dict.fromkeys(PROBABILITIES, 0.0)
 # An operator leaves its own trace in what is drawn
 TRACES = {

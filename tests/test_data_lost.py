@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data import Augmentation, DaliLoader, TorchvisionLoader, WeightedSampler
+from engine.data import Augmentation, DaliLoader, ResidentLoader, TorchvisionLoader, WeightedSampler
 from engine.errors import UserError
 from tests.data_helpers import make_loader, make_samples, save_picture
 
-PIPELINES = pytest.mark.parametrize("pipeline", (DaliLoader, TorchvisionLoader))
+PIPELINES = pytest.mark.parametrize("pipeline", (DaliLoader, ResidentLoader, TorchvisionLoader))
 BAD = 6  # of class 0
 
 
@@ -70,16 +70,14 @@ def test_evaluation_gives_all_the_others_once(pipeline, samples):
 @PIPELINES
 def test_more_than_the_fraction_ends_the_run_in_one_line(pipeline, samples):
     spoil(samples.files[BAD])
-    loader = loader_of(pipeline, samples, max_bad_fraction=0.01)
     with pytest.raises(UserError, match=f"cannot decode {samples.files[BAD]} .*--max-bad-fraction") as raised:
-        list(loader.epoch(0))
+        list(loader_of(pipeline, samples, max_bad_fraction=0.01).epoch(0))
     assert "\n" not in str(raised.value)
 
 
 @PIPELINES
 def test_the_last_image_of_a_class_is_not_done_without(pipeline, samples):
-    loader = loader_of(pipeline, samples, max_bad_fraction=1.0)
     for i in (13, 14, 15):
         spoil(samples.files[i])
     with pytest.raises(UserError, match="the last image of class '2', replace it"):
-        list(loader.epoch(0))
+        list(loader_of(pipeline, samples, max_bad_fraction=1.0).epoch(0))

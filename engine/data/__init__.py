@@ -9,6 +9,7 @@ from engine.data.check import BadFile, check_images, drop_bad, drop_bad_samples
 from engine.data.dali import DaliLoader
 from engine.data.digits import write_digits
 from engine.data.loader import IMAGENET_MEAN, IMAGENET_STD, Loader
+from engine.data.resident import ResidentLoader
 from engine.data.sampler import WeightedSampler
 from engine.data.samples import Samples, Splits
 from engine.data.splits import open_samples, open_splits
@@ -22,6 +23,7 @@ __all__ = [
     "BadFile",
     "DaliLoader",
     "Loader",
+    "ResidentLoader",
     "Samples",
     "Splits",
     "TorchvisionLoader",

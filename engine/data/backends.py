@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from engine.data.dali import DaliLoader
 from engine.data.loader import Loader
+from engine.data.resident import ResidentLoader
 from engine.data.samples import Samples
 from engine.data.torchvision_loader import TorchvisionLoader
 
-_LOADERS = {"dali": DaliLoader, "torchvision": TorchvisionLoader}
+_LOADERS: dict[str, Callable[..., Loader]] = {
+    "dali": DaliLoader,
+    "resident": ResidentLoader,
+    "torchvision": TorchvisionLoader,
+}
 DATA_BACKENDS = tuple(_LOADERS)
 
 

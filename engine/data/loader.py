@@ -107,7 +107,7 @@ class Loader(ABC):
         self._lost = np.zeros(len(samples), dtype=bool)
         self.reasons_lost: dict[int, str] = {}
         self._rarity = class_rarity(samples.class_counts())[samples.labels]
-        self._sizes = image_sizes(samples, workers=workers) if self.crops else None
+        self._sizes = self._image_sizes() if self.crops else None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -119,6 +119,10 @@ class Loader(ABC):
     def crops(self) -> bool:
         """Whether parts of images are shown, for which their sizes have to be known."""
         return self.crop_pct is not None or (self.augmentation is not None and self.augmentation.crops)
+
+    def _image_sizes(self) -> np.ndarray:
+        """(n, 2) int32 heights and widths."""
+        return image_sizes(self.data, workers=self.workers)
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
