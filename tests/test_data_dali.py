@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Samples, WeightedSampler
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DaliLoader, Samples, WeightedSampler
 from engine.errors import UserError
 from tests.data_helpers import CPU, make_loader, make_samples, picture, save
 
@@ -160,6 +161,14 @@ def test_an_abandoned_epoch_leaves_nothing_behind(samples):
         for _ in range(taken):
             next(batches)
         assert equal(list(loader.epoch(3)), whole)
+
+
+def test_one_pipeline_serves_every_epoch(samples, monkeypatch):
+    loader, built, build = training_loader(samples), [], DaliLoader._build
+    monkeypatch.setattr(DaliLoader, "_build", lambda loader: built.append(loader) or build(loader))
+    for taken in (6, 0, 2, 6):
+        assert len(list(itertools.islice(loader.epoch(taken), taken))) == taken
+    assert built == [loader]
 
 
 def test_an_ended_epoch_says_so_and_does_not_mix_batches(samples):

@@ -122,9 +122,9 @@ class DaliLoader(Loader):
             return self._pipeline
         self._feed.batches = iter(())
         try:
-            while True:
-                self._pipeline.run()
-        except StopIteration:
+            self._pipeline.schedule_run()  # which finds the feed at its end
+            while not self._pipeline.empty():
+                self._pipeline.outputs()
             self._pipeline.reset()
         except RuntimeError:
             self._pipeline = self._build()
