@@ -64,6 +64,19 @@ def values(planned: Planned, img_size: int) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value) for name, value in given.items()}
 
 
+def cut(fn: Any, image: Any, inputs: Mapping[str, Any]) -> Any:
+    """The part of (H, W, 3) pixels that is shown, where not all of it is."""
+    shown = box(inputs)
+    return fn.slice(image, **shown) if shown else image
+
+
+def box(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """How DALI's operators are told which part of an image is shown; nothing where all of it is."""
+    if not BOX_INPUTS.keys() <= inputs.keys():
+        return {}
+    return {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
+
+
 def prepare(
     dali: Any,
     image: Any,
@@ -75,13 +88,11 @@ def prepare(
     dtype: Any,
     device: str,
 ) -> Any:
-    """(H, W, 3) uint8 RGB -> (img_size, img_size, 3) of ``dtype``, normalised: a part of a pipeline definition.
+    """What is shown, (h, w, 3) uint8 RGB -> (img_size, img_size, 3) of ``dtype``, normalised: a part of a pipeline.
 
     Values are float32 from 0 to 255 from the resize on and are rounded to ``dtype`` once.
     """
     fn, types = dali.fn, dali.types
-    if BOX_INPUTS.keys() <= inputs.keys():
-        image = fn.slice(image, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
     image = fn.resize(image, size=[img_size, img_size], mode="stretch", antialias=True, dtype=types.FLOAT)
     augmented = DRAWN_INPUTS.keys() <= inputs.keys()
     if augmented:
