@@ -17,6 +17,7 @@ from engine.data.torchvision_steps import blur_radius
 BOX_INPUTS = {"start": ("INT32", 1), "shape": ("INT32", 1)}
 """By name: DALI's type and the number of dimensions of one sample."""
 DRAWN_INPUTS = {
+    "mirrored": ("INT32", 0),
     "warped": ("BOOL", 0),
     "warp": ("FLOAT", 2),
     "jittered": ("BOOL", 0),
@@ -33,6 +34,8 @@ DRAWN_INPUTS = {
 }
 
 
+MIRROR = np.array([[-1, 0, 1], [0, 1, 0]], dtype=np.float32)
+"""A warp that is a horizontal flip and nothing else."""
 SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 """torchvision's, for the sharpness."""
 
@@ -46,8 +49,10 @@ def values(planned: Planned, img_size: int) -> dict[str, np.ndarray]:
     if drawn is not None:
         windows = [2 * blur_radius(sigma, img_size) + 1 for sigma in drawn.sigma]
         erased = drawn.erased.astype(np.float32)
+        mirrored = (drawn.warp == MIRROR).all(axis=(1, 2))
         given |= {
-            "warped": drawn.warped,
+            "mirrored": mirrored.astype(np.int32),
+            "warped": drawn.warped & ~mirrored,
             "warp": drawn.warp * np.array([1, 1, img_size], dtype=np.float32),  # the shift, in pixels
             "jittered": drawn.jittered,
             "color": drawn.color,
@@ -103,6 +108,7 @@ def prepare(
         std=[255 * value for value in std],
         dtype=dtype,
         output_layout="HWC",
+        **({"mirror": inputs["mirrored"]} if augmented else {}),  # which every step before commutes with
     )
     if augmented:
         image = _erased(fn, image, inputs)
@@ -116,7 +122,11 @@ def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, de
     if inputs["jittered"]:
         mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
         shift = fn.coord_transform(mean_pixel, M=inputs["pivot"])
-        image = dali.math.clamp(fn.coord_transform(image, M=inputs["color"]) + shift, 0, 255)
+        if device == "cpu":  # one pass less, but what is on a GPU cannot be such an argument
+            image = fn.coord_transform(image, M=inputs["color"], T=fn.reshape(shift, shape=[3]))
+        else:
+            image = fn.coord_transform(image, M=inputs["color"]) + shift
+        image = dali.math.clamp(image, 0, 255)
     if inputs["sharpened"]:
         smoothed = fn.filter(image, dali.types.Constant(SMOOTHING, device=device))
         inside = np.zeros((img_size, img_size, 1), dtype=np.float32)
