@@ -11,7 +11,6 @@ warning that says why. With REHEARSAL set in the environment it is a few small p
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision.io import ImageReadMode, decode_image
@@ -40,6 +40,7 @@ from engine.data import (
     make_loader,
 )
 from engine.data.augment import PROBABILITIES
+from engine.data.dali_decoder import import_dali
 from engine.errors import UserError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +58,7 @@ class Pictures(NamedTuple):
     batches: int  # an epoch; many for each core, since a worker process of a DataLoader makes a batch alone
 
 
-SMALL, LARGE = "500 x 400", "4000 x 3000"
+SMALL, LARGE = ("50 x 40", "80 x 60") if REHEARSAL else ("500 x 400", "4000 x 3000")
 if REHEARSAL:
     PICTURES = {SMALL: Pictures(40, 50, 8, 4, 3), LARGE: Pictures(60, 80, 4, 2, 2)}
 elif ON_GPU:
@@ -116,8 +117,10 @@ def test_data(benchmark, photographs, tmp_path, monkeypatch, name, augmentation)
 
 
 def version_behind(backend: str) -> str:
-    package = {"dali": "nvidia-dali-cuda130", "resident": "torch"}.get(backend, "torchvision")
-    return f"{package} {importlib.metadata.version(package)}"
+    if backend == "dali":
+        return f"DALI {import_dali()[0].__version__}"
+    module = torch if backend == "resident" else torchvision
+    return f"{module.__name__} {module.__version__}"
 
 
 def epochs_of(backend: str, samples: Samples, pictures: Pictures, augmentation: Augmentation) -> Entrant:
