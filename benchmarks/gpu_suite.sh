@@ -47,6 +47,10 @@ import json, platform, sys, time
 import torch, torchvision, triton
 import kernels
 
+try:
+    from nvidia.dali import __version__ as dali
+except ImportError:
+    dali = None
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 facts = {
     "gpu": gpu.name if gpu else None,
@@ -56,6 +60,7 @@ facts = {
     "torch": torch.__version__,
     "torchvision": torchvision.__version__,
     "triton": triton.__version__,
+    "dali": dali,
     "backends": kernels.available_backends(),
 }
 with open(sys.argv[1], "w") as file:
@@ -66,8 +71,8 @@ if [ -n "$rehearse" ]; then
     step sanitizer "$python" -m pytest tests/test_cuda_on_cpu.py -q -k "clean_under_address" -p no:cacheprovider
     step parity "$python" -m pytest tests/test_squeeze_excite.py tests/test_residual_tail.py -q -p no:cacheprovider \
         -k "triton and odd and (squeeze or channels_last)"
-    selection=(-k "(stage and 4 and float32) or train_step")
-    export REHEARSAL=yes # for the training step
+    selection=(-k "(stage and 4 and float32) or train_step or test_data")
+    export REHEARSAL=yes # for the training step and the data
 else
     step parity parity
     if command -v compute-sanitizer >/dev/null; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, Augmentation, DaliLoader, Samples, WeightedSampler
+from engine.data.decode import decode_image
+from engine.data.sizes import image_sizes
+from engine.data.transforms import centre_boxes
 from engine.errors import UserError
 from tests.data_helpers import CPU, make_loader, make_samples, picture, save
 
@@ -76,6 +80,24 @@ def test_images_are_turned_as_their_exif_says(tmp_path, orientation):
     with Image.open(file) as image:
         expected = v2.functional.pil_to_tensor(ImageOps.exif_transpose(image)) / 255
     torch.testing.assert_close(next(loader.epoch(0))[0][0], expected, atol=1e-6, rtol=0)
+
+
+def test_a_part_that_is_decoded_alone_equals_that_part_of_the_whole(tmp_path):
+    """To the last bit, whatever the chroma and the order of the file, and however it lies."""
+    kinds = {f"subsampled {i}": {"subsampling": i} for i in range(3)} | {"progressive": {"progressive": True}}
+    for orientation in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        kinds[f"lying {orientation}"] = {"exif": exif}
+    files = [save(tmp_path / f"{name}.jpg", picture(57, 41, seed=1), **options) for name, options in kinds.items()]
+    files.append(save(tmp_path / "x.png", picture(57, 41)))
+    samples = Samples(tuple(files), np.arange(len(files)) % 2, ("a", "b"))
+    images, _ = next(make_loader(samples, batch_size=len(files), img_size=20, crop_pct=0.5).epoch(0))
+    sizes = image_sizes(samples, workers=1)
+    assert {tuple(size) for size in sizes.tolist()} == {(57, 41), (41, 57)}
+    for image, file, (top, left, h, w) in zip(images, files, centre_boxes(sizes, 0.5).tolist(), strict=True):
+        part = decode_image(file)[top : top + h, left : left + w]
+        np.testing.assert_array_equal((image.permute(1, 2, 0) * 255).round().numpy(), part, err_msg=file)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -163,13 +185,10 @@ def test_an_abandoned_epoch_leaves_nothing_behind(samples):
 
 
 def test_one_pipeline_serves_every_epoch(samples, monkeypatch):
-    built = []
-    build = DaliLoader._build
+    loader, built, build = training_loader(samples), [], DaliLoader._build
     monkeypatch.setattr(DaliLoader, "_build", lambda loader: built.append(loader) or build(loader))
-    loader = training_loader(samples)
-    list(loader.epoch(0))
-    next(loader.epoch(1))
-    list(loader.epoch(2))
+    for taken in (6, 0, 2, 6):
+        assert len(list(itertools.islice(loader.epoch(taken), taken))) == taken
     assert built == [loader]
 
 
@@ -212,6 +231,8 @@ def test_impossible_arguments_are_refused(samples):
         make_loader(samples, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="batch_size 0"):
         make_loader(samples, batch_size=0)
+    with pytest.raises(ValueError, match=r"hw_decoder_load 1\.5"):
+        make_loader(samples, hw_decoder_load=1.5)
     with pytest.raises(ValueError, match="no image"):
         make_loader(samples.subset([]))
 

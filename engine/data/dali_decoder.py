@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,9 @@ from engine.errors import UserError
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
+
+HW_DECODER_LOAD = 0.65
+"""DALI's own default of the share of JPEG files that a GPU's hardware decoder takes, where it has one."""
 
 
 class Decoder:
@@ -64,13 +68,31 @@ def import_dali() -> tuple[Any, Any, Any]:
     return dali, fn, types
 
 
-def decode(fn: Any, types: Any, path: Any, on_gpu: bool) -> Any:
-    """The file at ``path`` as (H, W, 3) uint8 RGB, read by DALI's own threads."""
+def decode(
+    fn: Any,
+    types: Any,
+    path: Any,
+    on_gpu: bool,
+    box: Mapping[str, Any] | None = None,
+    hw_decoder_load: float = HW_DECODER_LOAD,
+) -> Any:
+    """The file at ``path`` as (h, w, 3) uint8 RGB, read by DALI's own threads.
+
+    ``box`` (``start``, ``shape`` and ``axis_names`` of DALI's operators) is the part of the upright image that is
+    wanted; empty or None: all. The pixels are those of the whole, and most others are not decoded.
+    """
     # A file that is mapped into memory and truncated meanwhile would end the process with a bus error.
     encoded = fn.io.file.read(path, dont_use_mmap=True)
-    device = "mixed" if on_gpu else "cpu"
-    # Otherwise nvJPEG interpolates chroma in its own way, and a model would see other pixels on a GPU than on the CPU.
-    return fn.decoders.image(encoded, device=device, output_type=types.RGB, jpeg_fancy_upsampling=True)
+    operator = fn.decoders.image_slice if box else fn.decoders.image
+    return operator(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        # Else nvJPEG interpolates chroma in its own way, and a model would see other pixels on a GPU than on the CPU.
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
+        **(box or {}),
+    )
 
 
 def device_id(device: torch.device) -> int | None:

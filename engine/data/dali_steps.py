@@ -18,6 +18,7 @@ from engine.data.transforms import Tone
 BOX_INPUTS = {"start": ("INT32", 1), "shape": ("INT32", 1)}
 """By name: DALI's type and the number of dimensions of one sample."""
 DRAWN_INPUTS = {
+    "mirrored": ("INT32", 0),
     "warped": ("BOOL", 0),
     "warp": ("FLOAT", 2),
     "jittered": ("BOOL", 0),
@@ -34,6 +35,8 @@ DRAWN_INPUTS = {
 }
 TONE_INPUTS = {"toned": ("BOOL", 0), "tone": ("INT32", 0), "kept_bits": ("UINT8", 0), "level": ("FLOAT", 0)}
 
+MIRROR = np.array([[-1, 0, 1], [0, 1, 0]], dtype=np.float32)
+"""A warp that is a horizontal flip and nothing else."""
 SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 """torchvision's, for the sharpness."""
 
@@ -47,8 +50,10 @@ def values(planned: Planned, img_size: int) -> dict[str, np.ndarray]:
     if drawn is not None:
         windows = [2 * blur_radius(sigma, img_size) + 1 for sigma in drawn.sigma]
         erased = drawn.erased.astype(np.float32)
+        mirrored = (drawn.warp == MIRROR).all(axis=(1, 2))
         given |= {
-            "warped": drawn.warped,
+            "mirrored": mirrored.astype(np.int32),
+            "warped": drawn.warped & ~mirrored,
             "warp": drawn.warp * np.array([1, 1, img_size], dtype=np.float32),  # the shift, in pixels
             "jittered": drawn.jittered,
             "color": drawn.color,
@@ -74,6 +79,19 @@ def _highest_bits(count: np.ndarray) -> np.ndarray:
     return (256 - 2 ** (8 - count)).astype(np.uint8)
 
 
+def cut(fn: Any, image: Any, inputs: Mapping[str, Any]) -> Any:
+    """The part of (H, W, 3) pixels that is shown, where not all of it is."""
+    shown = box(inputs)
+    return fn.slice(image, **shown) if shown else image
+
+
+def box(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """How DALI's operators are told which part of an image is shown; nothing where all of it is."""
+    if not BOX_INPUTS.keys() <= inputs.keys():
+        return {}
+    return {"start": inputs["start"], "shape": inputs["shape"], "axis_names": "HW"}
+
+
 def prepare(
     dali: Any,
     image: Any,
@@ -85,13 +103,11 @@ def prepare(
     dtype: Any,
     device: str,
 ) -> Any:
-    """(H, W, 3) uint8 RGB -> (img_size, img_size, 3) of ``dtype``, normalised: a part of a pipeline definition.
+    """What is shown, (h, w, 3) uint8 RGB -> (img_size, img_size, 3) of ``dtype``, normalised: a part of a pipeline.
 
     Values are float32 from 0 to 255 from the resize on and are rounded to ``dtype`` once.
     """
     fn, types = dali.fn, dali.types
-    if BOX_INPUTS.keys() <= inputs.keys():
-        image = fn.slice(image, start=inputs["start"], shape=inputs["shape"], axis_names="HW")
     image = fn.resize(image, size=[img_size, img_size], mode="stretch", antialias=True, dtype=types.FLOAT)
     augmented = DRAWN_INPUTS.keys() <= inputs.keys()
     if augmented:
@@ -102,6 +118,7 @@ def prepare(
         std=[255 * value for value in std],
         dtype=dtype,
         output_layout="HWC",
+        **({"mirror": inputs["mirrored"]} if augmented else {}),  # which every step before commutes with
     )
     if augmented:
         image = _erased(fn, image, inputs)
@@ -115,7 +132,11 @@ def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, de
     if inputs["jittered"]:
         mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
         shift = fn.coord_transform(mean_pixel, M=inputs["pivot"])
-        image = dali.math.clamp(fn.coord_transform(image, M=inputs["color"]) + shift, 0, 255)
+        if device == "cpu":  # one pass less, but what is on a GPU cannot be such an argument
+            image = fn.coord_transform(image, M=inputs["color"], T=fn.reshape(shift, shape=[3]))
+        else:
+            image = fn.coord_transform(image, M=inputs["color"]) + shift
+        image = dali.math.clamp(image, 0, 255)
     if TONE_INPUTS.keys() <= inputs.keys():
         image = _toned(dali, image, inputs, img_size)
     if inputs["sharpened"]:
