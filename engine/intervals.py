@@ -47,8 +47,10 @@ def bootstrap_intervals(
 
     Returns:
         ``[low, high]`` of ``accuracy``, ``balanced_accuracy``, ``macro_f1`` and ``auroc_macro_ovr``, and
-        ``per_class: {name: {precision, recall, auroc}}``; None where the figure itself is undefined, and for AUROC
-        above `LARGEST_FOR_AUROC`. The same samples, resamples and seed give the same intervals.
+        ``per_class: {name: {precision, recall, auroc}}``; None where the figure itself is undefined, where the
+        interval would be a point (without an error among the samples no resample has one, which says nothing of how
+        rare they are), and for AUROC above `LARGEST_FOR_AUROC`. The same samples, resamples and seed give the same
+        intervals.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     classes = len(class_names)
@@ -89,9 +91,9 @@ def wilson_interval(successes: int, trials: int) -> Interval | None:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def _interval(values: Tensor) -> Interval:
+def _interval(values: Tensor) -> Interval | None:
     low, high = np.quantile(values.numpy(), _TAILS)
-    return [float(low), float(high)]
+    return [float(low), float(high)] if low < high else None
 
 
 def _resampled_counts(confusion: np.ndarray, resamples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

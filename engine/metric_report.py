@@ -46,8 +46,8 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
     }
     lines = [_joined(totals), _joined({name: metrics[key] for name, key in _MORE_TOTALS.items()})]
     if "intervals" in metrics:
-        ends = {name: metrics["intervals"][key] for name, key in _WITH_INTERVALS.items()}
-        lines.append("95% intervals:   " + "   ".join(f"{name} {_range(pair)}" for name, pair in ends.items() if pair))
+        ends = (f"{name} {_range(metrics['intervals'][key])}" for name, key in _WITH_INTERVALS.items())
+        lines.append("95% intervals:   " + "   ".join(ends))
     if "calibrated" in metrics:
         calibrated = {name: metrics["calibrated"][name.lower()] for name in ("ECE", "loss", "Brier")}
         lines.append(f"at temperature {metrics['temperature']:.4g}:   {_joined(calibrated)}")

@@ -101,7 +101,19 @@ def test_a_figure_that_is_undefined_has_no_interval():
     assert intervals_of(*never_predicted(), resamples=50)["per_class"]["b"]["precision"] is None
     found = intervals_of(*one_class_in_truth(), resamples=50)
     assert found["auroc_macro_ovr"] is None
-    assert found["balanced_accuracy"] == found["per_class"]["a"]["recall"] == found["accuracy"]
+    assert found["balanced_accuracy"] == found["per_class"]["a"]["recall"] == found["accuracy"] is not None
+
+
+def test_without_an_error_there_is_no_interval_as_if_there_could_be_none():
+    labels = torch.arange(3).repeat(20)
+    logits = torch.nn.functional.one_hot(labels, 3).float()
+    logits[0] = logits[0].roll(1)  # one image of class 0 is taken for class 1
+    found = intervals_of(logits, labels)
+    assert found["per_class"]["c"] == {"precision": None, "recall": None, "auroc": None}
+    assert found["per_class"]["a"]["recall"] == [0.85, 1.0]
+    assert found["per_class"]["a"]["precision"] is None
+    assert found["per_class"]["b"]["recall"] is None
+    assert found["per_class"]["b"]["precision"][1] == 1
 
 
 def test_intervals_are_the_same_every_time_whatever_is_held_in_memory(monkeypatch):
