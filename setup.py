@@ -37,6 +37,10 @@ SOURCES = [
     "csrc/pool_baseline.cpp",
     "csrc/pool_avx2.cpp",
     "csrc/pool_avx512.cpp",
+    "csrc/images_ops.cpp",
+    "csrc/images_baseline.cpp",
+    "csrc/images_avx2.cpp",
+    "csrc/images_avx512.cpp",
 ]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.*h"))
 CUDA_SOURCES = ["csrc/se_cuda.cu", "csrc/se_cuda_ops.cpp"]

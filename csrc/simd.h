@@ -3,6 +3,7 @@
 //
 //   widen_half, narrow_half            float16 to float and back
 //   widen_bits, narrow_bits            16-bit integers to 32 and back
+//   widen_bytes                        bytes, of an address, to 32-bit integers
 //   multiply_add                       a * b + c; the compiler would contract some copies of a loop and not others
 //   stream, stream_fence               a store of a whole, aligned vector past the caches
 //   load_first, store_first            overloads of what is below, for a part of a vector

@@ -29,6 +29,10 @@ inline Bits32 widen_bits(Bits16 bits) {
   return bit_cast<Bits32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
 }
 
+inline Bits32 widen_bytes(const uint8_t* p) {
+  return bit_cast<Bits32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
 inline Bits16 narrow_bits(Bits32 bits) {
   const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(bits), bit_cast<__m256i>(bits));
   return bit_cast<Bits16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));

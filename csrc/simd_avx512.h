@@ -31,6 +31,10 @@ inline Bits32 widen_bits(Bits16 bits) {
   return bit_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
 }
 
+inline Bits32 widen_bytes(const uint8_t* p) {
+  return bit_cast<Bits32>(_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
 inline Bits16 narrow_bits(Bits32 bits) {
   return bit_cast<Bits16>(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(bits)));
 }

@@ -21,6 +21,12 @@ inline Bits32 widen_bits(Bits16 bits) {
   return __builtin_convertvector(bits, Bits32);
 }
 
+inline Bits32 widen_bytes(const uint8_t* p) {
+  uint8_t bytes __attribute__((vector_size(4)));
+  std::memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Bits32);
+}
+
 inline Bits16 narrow_bits(Bits32 bits) {
   return __builtin_convertvector(bits, Bits16);
 }

@@ -20,7 +20,7 @@ OPERATORS = {
     "squeeze_excite": BACKENDS,
     "residual_tail": ("eager", "cpu", "triton"),
     "norm_relu_pool": ("eager", "cpu", "triton"),
-    "prepare_images": ("eager",),
+    "prepare_images": ("eager", "cpu", "triton"),
 }
 
 
