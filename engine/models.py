@@ -156,8 +156,8 @@ def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -
     """Loads weights from `path`, else torchvision's ImageNet ones, into `model` as ``create_model(name, ...)`` made it.
 
     `path` is a file of torchvision, timm or this project (see ``engine.weights.read_weights_file``). The classifier
-    stays fresh where the file has none, another number of classes, or a linear one in place of a cosine or the other
-    way round. A plain ResNet's weights serve its SE-ResNet: the SE gates then start nearly open.
+    stays fresh where the file has none, one of another number of classes, or a linear one for a cosine. A plain
+    ResNet's weights serve its SE-ResNet: the SE gates then start nearly open.
 
     Raises:
         UserError: the weights cannot be had, or anything else is missing, unexpected or of another shape; `model` is
@@ -177,9 +177,8 @@ def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadRep
     if given_classes != classes:
         fresh.append(f"classifier ({given_classes} classes in the weights, {classes} here)")
         expected, given = _trunk(expected), _trunk(given)
-    elif ("fc.bias" in given) != ("fc.bias" in expected):
-        kinds = ("linear", "cosine") if "fc.bias" in given else ("cosine", "linear")
-        fresh.append(f"classifier ({kinds[0]} in the weights, {kinds[1]} here)")
+    elif "fc.bias" in given and "fc.bias" not in expected:
+        fresh.append("classifier (linear in the weights, cosine here)")
         expected, given = _trunk(expected), _trunk(given)
 
     se_keys = {key for key in expected if ".se." in key}
