@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data import Samples, Splits, check_images, drop_bad
+from engine.data import DaliLoader, Samples, Splits, check_images, drop_bad
 from engine.errors import UserError
-from tests.data_helpers import make_loader, make_samples, picture, save
+from tests.data_helpers import CPU, make_loader, make_samples, picture, save
 
 
 def samples_of(*files: str) -> Samples:
@@ -110,6 +111,17 @@ def test_what_pillow_takes_and_dali_does_not_is_named_too(good, tmp_path):
     found = check_images(samples_of(file, *good.values()), workers=2)
     assert [bad.path for bad in found] == [file]
     assert found[0].reason.startswith("DALI: ")
+
+
+def test_without_dali_pillow_decides_alone(good, tmp_path, monkeypatch):
+    file = cut(tmp_path / "no_end.png", good["rgb.png"], -12)
+    broken = cut(tmp_path / "half.png", good["rgb.png"], 0.5)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert [bad.path for bad in check_images(samples_of(file, broken), workers=2)] == [broken]
+    with pytest.raises(UserError, match=r"DALI cannot be imported .* --data-backend resident or torchvision"):
+        DaliLoader(samples_of(file), batch_size=1, img_size=8, device=CPU, dtype=torch.float32, training=False)
+    monkeypatch.undo()
+    assert len(check_images(samples_of(file, broken), workers=2)) == 2
 
 
 def test_arrays_have_nothing_to_be_decoded():

@@ -1,8 +1,9 @@
 """Every image is decoded once before training, so that a bad one is named and left out instead of ending the run.
 
 DALI cannot skip an image: one that fails takes the whole pipeline with it. Each file is first decoded by Pillow, which
-says best what is wrong with it, then by DALI, where it is DALI that will decode it: it refuses a little more (a PNG
-without its last chunk). Files that decoded and have not changed since are not decoded again (``engine.data.verdicts``).
+says best what is wrong with it, then by DALI, if that is installed and would decode it itself: it refuses a little more
+(a PNG without its last chunk). Files that decoded and have not changed since are not decoded again
+(``engine.data.verdicts``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from engine.data import probe as pillow
-from engine.data.dali_decoder import Decoder, import_dali
+from engine.data.dali_decoder import Decoder, dali_version
 from engine.data.folder import IMAGE_EXTENSIONS, target_outside
 from engine.data.probe import Probe
 from engine.data.samples import Samples, Splits, shorten
@@ -44,7 +45,9 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
     """Decodes every file (absolute paths) on ``workers`` threads, with a progress bar on stderr; a Probe for each."""
     if not files:
         return []
-    verdicts = Verdicts(files, _judges())
+    dali = dali_version()
+    judges = f"Pillow {PIL.__version__}, DALI {dali}, {' '.join(pillow.FORMATS)}, {pillow.MAX_PIXELS} pixels"
+    verdicts = Verdicts(files, judges)
     own = threading.local()
 
     def start_worker() -> None:
@@ -55,7 +58,7 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
         found = verdicts.find(file, now)
         if found is None:
             found = pillow.probe(file)
-            if found.reason is None:
+            if found.reason is None and dali is not None:
                 found = dataclasses.replace(found, reason=own.decoder.failure(file))
             verdicts.add(file, now, found)
         return found
@@ -119,11 +122,6 @@ def find_odd_folders(root: Path) -> list[BadFile]:
             if name.lower().endswith(IMAGE_EXTENSIONS)
         ]
     return odd
-
-
-def _judges() -> str:
-    dali, _, _ = import_dali()
-    return f"Pillow {PIL.__version__}, DALI {dali.__version__}, {' '.join(pillow.FORMATS)}, {pillow.MAX_PIXELS} pixels"
 
 
 def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) -> tuple[Splits, list[BadFile]]:

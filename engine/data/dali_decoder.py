@@ -63,9 +63,19 @@ def import_dali() -> tuple[Any, Any, Any]:
         from nvidia.dali import fn, types
     except ImportError as error:
         raise UserError(
-            f"NVIDIA DALI cannot be imported ({error}): pip install nvidia-dali-cuda130 (Linux, with or without a GPU)"
+            f"NVIDIA DALI cannot be imported ({error}): pip install nvidia-dali-cuda130 (Linux, with or without a "
+            "GPU), or name --data-backend resident or torchvision"
         ) from error
     return dali, fn, types
+
+
+def dali_version() -> str | None:
+    """None where it cannot be imported."""
+    try:
+        version: str = import_dali()[0].__version__
+    except UserError:
+        return None
+    return version
 
 
 def decode(
