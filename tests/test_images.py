@@ -16,6 +16,7 @@ from engine.data.augment import Augmentation
 from engine.data.torchvision_steps import prepare
 from kernels import BackendUnavailable, pack_edits, prepare_images
 from kernels.images import EDIT, TONES, prepare_images_reference
+from kernels.se_triton import INTERPRETED
 from tests.backends import DEVICES, TAILED
 
 pytest.importorskip("kernels._C", reason="csrc is not built", exc_type=ImportError)
@@ -94,9 +95,11 @@ def exact(args: tuple[Tensor, ...], img_size: int = S) -> Tensor:
     return prepare_images_reference(*args, img_size, MEAN, STD, torch.float64)
 
 
-def assert_prepared(actual: Tensor, expected: Tensor) -> None:
+def assert_prepared(actual: Tensor, expected: Tensor, backend: str = "") -> None:
     """Of float64 ``expected``."""
     relative = 0.0 if actual.dtype == torch.float32 else TOLERANCE[actual.dtype]
+    if backend == "triton" and INTERPRETED and actual.dtype == torch.bfloat16:
+        relative *= 2  # the interpreter cuts off where a GPU rounds
     torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[torch.float32], rtol=relative)
 
 
@@ -163,7 +166,7 @@ def test_every_step_in_triton():
 def test_half_precision_is_rounded_once(backend, dtype):
     pixels, starts, sizes, index, edits = arguments()
     args = (pixels, starts, sizes, index[1:3], edits[1:3])
-    assert_prepared(run(args, backend, dtype), exact(args))
+    assert_prepared(run(args, backend, dtype), exact(args), backend)
 
 
 @pytest.mark.parametrize("img_size", (1, 2, 3, 17, 50))

@@ -16,6 +16,7 @@ CHOSEN = (
     " or (every_switch and plain) or 130x17 or (mask_says and plain) or sign_is"  # of the tail
     " or (carried and not triton)"
     " or (cpu and (shapes or ties)) or sign or float64_equals"  # of the stem's pool
+    " or every_step_on_the_cpu or sides_around"  # of the images
 )
 NOT_HERE = 77
 # One process for the question and the tests: to start takes longer than they do
@@ -31,9 +32,9 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", {C
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "name"), [("default", "baseline"), ("avx2", "AVX2")])
 def test_other_instruction_sets(capability: str, name: str) -> None:
-    tests = [str(Path(__file__).with_name(f"test_{of}.py")) for of in ("csrc_se", "csrc_tail", "norm_pool")]
+    tests = [Path(__file__).with_name(f"test_{of}.py") for of in ("csrc_se", "csrc_tail", "norm_pool", "images")]
     run = subprocess.run(
-        [sys.executable, "-c", CODE, name, *tests],
+        [sys.executable, "-c", CODE, name, *map(str, tests)],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
