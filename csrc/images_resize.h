@@ -108,8 +108,8 @@ inline Vec<float> joined(const Quad* quads) {
   return v;
 }
 
-// kQuads rows of a square, of as many rows of pixels, which lie quad by quad: the first pixel of every row, the second of
-// every row, ..
+// kQuads rows of a square, of as many rows of pixels, which lie quad by quad: the first pixel of every row, the second
+// of every row, ..
 inline void mix_pixels(const float* pixels, const Taps& taps, int64_t side, float* const* out) {
   const int64_t count = taps.widest;
   const float* weight = taps.weight;
