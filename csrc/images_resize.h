@@ -102,13 +102,14 @@ inline Vec<float> joined(const Quad* quads) {
   } else {
     const auto low = __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
     const auto high = __builtin_shufflevector(quads[2], quads[3], 0, 1, 2, 3, 4, 5, 6, 7);
-    v = bit_cast<Vec<float>>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    v = bit_cast<Vec<float>>(
+        __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   }
   return v;
 }
 
-// kQuads rows of a square, of as many rows of pixels, which lie quad by quad: the first pixel of every row, the second of
-// every row, ..
+// kQuads rows of a square, of as many rows of pixels, which lie quad by quad: the first pixel of every row, the second
+// of every row, ..
 inline void mix_pixels(const float* pixels, const Taps& taps, int64_t side, float* const* out) {
   const int64_t count = taps.widest;
   const float* weight = taps.weight;
