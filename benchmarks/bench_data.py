@@ -112,7 +112,7 @@ def test_data(benchmark, photographs, tmp_path, monkeypatch, name, augmentation)
     rows = benchmark.extra_info["rows"]
     rows += [{**label, "backend": peer, "ms": entrant.milliseconds()} for peer, entrant in peers.items()]
     for row in rows:
-        row["img/s"] = f"{1e3 * len(samples) / row['ms'][1]:.0f}"
+        row["img/s"] = f"{1e3 * len(samples) / row['ms'][1]:.1f}"
         row["by"] = version_behind(row["backend"])
 
 

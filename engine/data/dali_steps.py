@@ -132,11 +132,7 @@ def _changed(dali: Any, image: Any, inputs: Mapping[str, Any], img_size: int, de
     if inputs["jittered"]:
         mean_pixel = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
         shift = fn.coord_transform(mean_pixel, M=inputs["pivot"])
-        if device == "cpu":  # one pass less, but what is on a GPU cannot be such an argument
-            image = fn.coord_transform(image, M=inputs["color"], T=fn.reshape(shift, shape=[3]))
-        else:
-            image = fn.coord_transform(image, M=inputs["color"]) + shift
-        image = dali.math.clamp(image, 0, 255)
+        image = dali.math.clamp(fn.coord_transform(image, M=inputs["color"]) + shift, 0, 255)
     if TONE_INPUTS.keys() <= inputs.keys():
         image = _toned(dali, image, inputs, img_size)
     if inputs["sharpened"]:
