@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import norm_pool_triton, se_triton, tail_triton, triton_tiles
+from kernels import images_triton, norm_pool_triton, se_triton, tail_triton, triton_tiles
+from kernels.images import COLUMNS
 from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
 from kernels.residual_tail import SE, TAIL_ACTIVATIONS, How, Saved
@@ -125,6 +126,7 @@ FLOAT32_ALWAYS = {
     ),
     *("p_shift", "p_m2", "p_stats", "p_stats2", "p_u", "p_u2", "p_coefficients", "p_coefficients2", "p_deviation"),
     *("p_weight", "p_bias", "p_dweight", "p_dbias", "p_mask", "p_code"),
+    *("p_pixels", "p_starts", "p_sizes", "p_index", "p_edits", "p_scratch", "p_tables"),
 }
 TAIL_MODULES = ("kernels.tail_triton_small", "kernels.tail_triton_sweeps")
 
@@ -154,6 +156,7 @@ def _launches() -> dict[tuple[Any, ...], Launch]:
         with _noted(launches):
             _launch_widest_tails(dtype)
             _launch_pool(64, dtype, training=True)
+            _launch_images(dtype)
         with _noted(launches, everywhere=False):
             _launch_tails(dtype)
             for missing, training in itertools.product((0, 4, 1), (False, True)):
@@ -242,6 +245,16 @@ def _launch_pool(C: int, dtype: torch.dtype, *, training: bool) -> None:
     norm = FixedNorm(torch.empty(C), torch.empty(C), *given, 1e-5, "")
     out, code, stats = norm_pool_triton.pool_fwd(y, norm)
     norm_pool_triton.pool_bwd(out, y, code, stats, training, "", [True] * 3)
+
+
+def _launch_images(dtype: torch.dtype) -> None:
+    images = (
+        torch.empty(12, dtype=torch.uint8),
+        torch.empty(1, dtype=torch.int64),
+        torch.empty((1, 2), dtype=torch.int32),
+    )
+    edits, out = torch.empty(1, COLUMNS), torch.empty(1, 3, 2, 2, dtype=dtype)
+    images_triton.prepare_images(*images, torch.empty(1, dtype=torch.int64), edits, [0.0] * 3, [1.0] * 3, out)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kernels.triton_tiles import _jit
 
-PIXELS = 1024  # that a program takes at a time
-WARPS = 16  # a batch has few programs for a GPU: each of many threads
+PIXELS = 512  # that a program takes at a time
+WARPS = 16  # a batch has few programs for a GPU: each of many threads, of one pixel
 
 
 def prepare_images(
@@ -54,11 +54,10 @@ def _store_three(p_x, o_p, m_p, area, red, green, blue):
 
 
 @_jit
-def _tap(o_first, k, centre, reach, size):
-    """The index of a tap, and its weight, 0 outside the box."""
-    o_tap = o_first + k
+def _triangle(o_tap, centre, reach, size):
+    """The weight of the pixels o_tap of a box, 0 outside it."""
     weight = 1.0 - tl.abs(o_tap.to(tl.float32) + 0.5 - centre) / reach
-    return o_tap, tl.where((o_tap < size) & (weight > 0), weight, 0.0)
+    return tl.where(o_tap < size, tl.maximum(weight, 0.0), 0.0)
 
 
 @_jit
@@ -82,22 +81,21 @@ def _resize(p_box, s_row, h, w, p_to, S, B_P: tl.constexpr):
         blue = tl.zeros((B_P,), dtype=tl.float32)
         total_y = tl.zeros((B_P,), dtype=tl.float32)
         total_x = tl.zeros((B_P,), dtype=tl.float32)
-        for k in range(0, taps_x):
-            _, weight_x = _tap(first_x, k, x, reach_x, w)
-            total_x += weight_x
-        for j in range(0, taps_y):
-            o_y, weight_y = _tap(first_y, j, y, reach_y, h)
+        for k in range(taps_x):
+            total_x += _triangle(first_x + k, x, reach_x, w)
+        for j in range(taps_y):
+            weight_y = _triangle(first_y + j, y, reach_y, h)
             total_y += weight_y
-            p_row = p_box + o_y.to(tl.int64) * s_row
-            for k in range(0, taps_x):
-                o_x, weight_x = _tap(first_x, k, x, reach_x, w)
-                weight = weight_y * weight_x
+            p_row = p_box + (first_y + j).to(tl.int64) * s_row + first_x.to(tl.int64) * 3
+            for k in range(taps_x):
+                # as `_triangle`, whose call would take the interpreter longer than all else
+                weight = 1.0 - tl.abs((first_x + k).to(tl.float32) + 0.5 - x) / reach_x
+                weight = weight_y * tl.where(first_x + k < w, tl.maximum(weight, 0.0), 0.0)
                 mask = m_p & (weight > 0)
-                p_pixel = p_row + o_x.to(tl.int64) * 3
-                red += weight * tl.load(p_pixel, mask=mask, other=0).to(tl.float32)
-                green += weight * tl.load(p_pixel + 1, mask=mask, other=0).to(tl.float32)
-                blue += weight * tl.load(p_pixel + 2, mask=mask, other=0).to(tl.float32)
-        share = 1.0 / (255.0 * total_y * total_x)
+                red += weight * tl.load(p_row + 3 * k, mask=mask, other=0).to(tl.float32)
+                green += weight * tl.load(p_row + 3 * k + 1, mask=mask, other=0).to(tl.float32)
+                blue += weight * tl.load(p_row + 3 * k + 2, mask=mask, other=0).to(tl.float32)
+        share = 1.0 / tl.where(m_p, 255.0 * total_y * total_x, 1.0)
         _store_three(p_to, o_p, m_p, area, red * share, green * share, blue * share)
 
 
@@ -210,7 +208,7 @@ def _tone(p_x, p_edit, p_table, S, B_P: tl.constexpr):
     area = S * S
     tone, level = tl.load(p_edit + 28), tl.load(p_edit + 29)
     o_q = tl.arange(0, 256)
-    for c in range(0, 3):
+    for c in range(3):
         counts = tl.zeros((256,), dtype=tl.int32)
         for start in range(0, area, B_P):
             o_p = start + tl.arange(0, B_P)
@@ -255,11 +253,12 @@ def _blur(p_from, sigma, p_to, S, s_axis, B_P: tl.constexpr):
         m_p = o_p < 3 * area
         at = o_p // s_axis % S
         acc = tl.zeros((B_P,), dtype=tl.float32)
-        total = 0.0
+        total = tl.zeros((B_P,), dtype=tl.float32)
         for k in range(-radius, radius + 1):
-            distance = tl.div_rn(k.to(tl.float32), sigma)
+            near = at + k
+            distance = tl.div_rn((near - at).to(tl.float32), sigma)
             weight = tl.exp(-0.5 * distance * distance)
-            near = tl.abs(at + k)
+            near = tl.abs(near)
             near = tl.where(near < S, near, 2 * (S - 1) - near)
             acc += weight * tl.load(p_from + o_p + (near - at) * s_axis, mask=m_p, other=0.0)
             total += weight
@@ -317,7 +316,7 @@ def _images_kernel(
     H = tl.load(p_sizes + 2 * which, mask=valid, other=0).to(tl.int64)
     W = tl.load(p_sizes + 2 * which + 1, mask=valid, other=0).to(tl.int64)
     # H W fits 64 bits, and three times as much may not
-    valid &= (H > 0) & (W > 0) & (start >= 0) & (start <= pixels) & (H * W <= (pixels - start) // 3)
+    valid &= (H > 0) & (W > 0) & (start >= 0) & (start <= pixels) & ((pixels - start) // 3 >= H * W)
     top, left, h, w = tl.load(p_edit), tl.load(p_edit + 1), tl.load(p_edit + 2), tl.load(p_edit + 3)
     tone = tl.load(p_edit + 28)
     most = 1073741824.0  # what a float32 may be to become a whole number

@@ -15,6 +15,7 @@ CHOSEN = (
     "(test_values_and_gradients and not 2048) or rounds_to_nearest or 6016"  # of the SE block
     " or (every_switch and plain) or 130x17 or (mask_says and plain) or sign_is"  # of the tail
     " or carried"
+    " or every_step_on_the_cpu or sides_around"  # of the images
 )
 NOT_HERE = 77
 # One process for the question and the tests: to start takes longer than they do
@@ -29,7 +30,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", {C
 
 @pytest.mark.parametrize(("capability", "name"), [("default", "baseline"), ("avx2", "AVX2")])
 def test_other_instruction_sets(capability: str, name: str) -> None:
-    tests = [str(Path(__file__).with_name(f"test_csrc_{of}.py")) for of in ("se", "tail")]
+    tests = [str(Path(__file__).with_name(f"test_{of}.py")) for of in ("csrc_se", "csrc_tail", "images")]
     run = subprocess.run(
         [sys.executable, "-c", CODE, name, *tests],
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
