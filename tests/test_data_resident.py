@@ -19,7 +19,7 @@ from engine.data.torchvision_steps import prepare
 from engine.errors import UserError
 from tests.data_helpers import make_folder, make_loader, picture, save
 
-EVERYTHING = Augmentation(**dict.fromkeys(PROBABILITIES, 0.5), crop_scale=(0.3, 1.0))
+EVERYTHING = Augmentation(**dict.fromkeys(PROBABILITIES, 0.5), crop_scale=(0.3, 1.0), auto_augment="trivial")
 SIZES = ((40, 30), (16, 16), (9, 50), (25, 25))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ from torchvision.transforms.v2 import TrivialAugmentWide
 
 from engine.build import make_augmentation
 from engine.config import parse_args
-from engine.data import Augmentation, Samples, WeightedSampler, augment
+from engine.data import Augmentation, ResidentLoader, Samples, WeightedSampler, augment
 from engine.data.augment import PROBABILITIES, Drawn
 from engine.data.counter import Purpose, generator
 from engine.data.torchvision_steps import prepare
 from engine.data.transforms import Tone, composed_colors, composed_warps, warp_matrices
 from engine.data.trivial import SPACE, STRENGTHS
 from engine.errors import UserError
-from tests.data_helpers import CPU, make_loader, picture, save
+from tests.data_helpers import make_loader, picture, save
 
 SIDE = 48
 ALONE = Augmentation(**dict.fromkeys(PROBABILITIES, 0.0), auto_augment="trivial")
@@ -193,20 +193,22 @@ CASES = [
 ]
 
 
-def by_dali(
-    folder: Path, pictures: list[np.ndarray], augmentation: Augmentation, device: torch.device = CPU
-) -> torch.Tensor:
+def by_dali(folder: Path, pictures: list[np.ndarray], augmentation: Augmentation, **options: Any) -> torch.Tensor:
     """The pictures, changed as those of epoch 0."""
     labels = np.zeros(len(pictures), dtype=int)
     sampler = WeightedSampler(labels, 1, sampling="none", seed=0)
     files = [save(folder / f"{i:03d}.png", pixels) for i, pixels in enumerate(pictures)]
     samples = Samples(tuple(files[i] for i in np.argsort(sampler.draw(0))), labels, ("a",))
-    options = {"training": True, "sampler": sampler, "augmentation": augmentation, "device": device}
+    options |= {"training": True, "sampler": sampler, "augmentation": augmentation}
     return next(make_loader(samples, batch_size=len(files), img_size=SIDE, **options).epoch(0))[0].cpu()
 
 
 def by_dali_on_a_gpu(folder: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
-    return by_dali(folder, pictures, augmentation, torch.device("cuda"))
+    return by_dali(folder, pictures, augmentation, device=torch.device("cuda"))
+
+
+def by_resident(folder: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
+    return by_dali(folder, pictures, augmentation, pipeline=ResidentLoader)
 
 
 def by_reference(_: Path, pictures: list[np.ndarray], augmentation: Augmentation) -> torch.Tensor:
@@ -228,7 +230,9 @@ def by_torchvision(image: torch.Tensor, name: str, strength: int) -> torch.Tenso
 NEEDS_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
-@pytest.mark.parametrize("pipeline", (by_reference, by_dali, pytest.param(by_dali_on_a_gpu, marks=NEEDS_A_GPU)))
+@pytest.mark.parametrize(
+    "pipeline", (by_reference, by_resident, by_dali, pytest.param(by_dali_on_a_gpu, marks=NEEDS_A_GPU))
+)
 def test_operations_equal_torchvisions(pipeline, tmp_path, monkeypatch):
     """After a flip, which tells in what order the two are composed."""
     draw_others = augment._uniform_draws
