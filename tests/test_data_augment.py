@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest, ks_2samp
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
+from benchmarks.parity import NO_COLOR, NO_WARP, OPERATIONS, Fixed, by_operator, pictures, repeated
 from engine.data import Augmentation, DaliLoader, ResidentLoader, TorchvisionLoader
 from engine.data.augment import PROBABILITIES, Drawn, class_rarity
 from engine.data.decode import decode_image
@@ -189,45 +190,6 @@ def test_values_out_of_range_are_named(wrong):
 
 
 # Through the pipelines, against torchvision. Images of SIDE x SIDE pass the resize untouched: the operator is compared.
-
-
-NO_WARP = {"degrees": 0.0, "translate_x": 0.0, "translate_y": 0.0, "scale": 1.0, "shear": 0.0}
-NO_WARP |= {"hflip": False, "vflip": False}
-NO_COLOR = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-REST = {"boxes": None, "sharpness": 1.0, "sigma": 0.0, "erased": (0, 0, 0, 0)}
-
-
-def repeated(neutral: dict[str, Any], change: dict[str, Any], n: int) -> dict[str, np.ndarray]:
-    return {name: np.full(n, change.get(name, value)) for name, value in neutral.items()}
-
-
-@dataclass(frozen=True)
-class Fixed(Augmentation):
-    """One and the same change for every image."""
-
-    change: Any = None
-
-    @property
-    def crops(self) -> bool:
-        return "boxes" in self.change
-
-    def draw(self, seed: int, epoch: int, positions: np.ndarray, **_: Any) -> Drawn:
-        n = len(positions)
-        color, pivot = color_matrices(**repeated(NO_COLOR, self.change, n))
-        rest = {name: self.change.get(name, value) for name, value in REST.items()}
-        return Drawn(
-            warped=np.full(n, not NO_WARP.keys().isdisjoint(self.change)),
-            warp=warp_matrices(**repeated(NO_WARP, self.change, n)),
-            jittered=np.full(n, not NO_COLOR.keys().isdisjoint(self.change)),
-            color=color,
-            pivot=pivot,
-            tone=np.zeros(n, dtype=np.int32),
-            level=np.zeros(n, dtype=np.float32),
-            boxes=None if rest["boxes"] is None else np.tile(np.int32(rest["boxes"]), (n, 1)),
-            sharpness=np.full(n, rest["sharpness"], dtype=np.float32),
-            sigma=np.full(n, rest["sigma"], dtype=np.float32),
-            erased=np.tile(np.int32(rest["erased"]), (n, 1)),
-        )
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +377,16 @@ def test_erasing_equals_torchvision(pipeline, samples):
     image = plain(samples)
     actual = changed(pipeline, samples, erased=(5, 40, 20, 8))
     assert levels(actual, F.erase(image, 5, 40, 20, 8, torch.zeros(()))).max() < ROUNDING
+
+
+@pytest.mark.slow
+def test_every_operator_of_the_triton_kernel_equals_torchvision():
+    image = pictures()[:1]
+    plain = torch.from_numpy(image).permute(0, 3, 1, 2) / 255
+    for operation in OPERATIONS:
+        if "hue" not in operation.change:  # which has another definition
+            actual = by_operator(image, operation, "triton").cpu()
+            assert levels(actual, operation.torchvision(plain)).max() < 0.05, operation.name
 
 
 def test_erased_is_the_mean_colour_after_normalisation(samples):
