@@ -135,17 +135,13 @@ def _own_outputs(trained: Trained, images: Tensor) -> Outputs:
 
 
 def _program(trained: Trained) -> torch.export.ExportedProgram:
-    """The graph of plain operators, for any number of images; it names no file of this machine."""
+    """The graph, for any number of images."""
     model = trained.model()
     fold_norms(model)
     inference = InferenceModel(model, IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False)
     size = trained.config.img_size
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    program = torch.export.export(inference, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    program = program.run_decompositions({})  # without which a cosine classifier's autocast stays in it
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
-    return program
+    return torch.export.export(inference, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def _graph_description(trained: Trained) -> str:
@@ -175,11 +171,10 @@ def _steps(config: Config) -> list[str]:
 
 
 def _write_onnx(trained: Trained, path: Path) -> None:
-    program = _program(trained)
     with warnings.catch_warnings():  # of what torch itself calls there
         warnings.simplefilter("ignore")
         made = torch.onnx.export(
-            program,
+            _program(trained),
             dynamo=True,
             opset_version=OPSET,
             input_names=[_INPUT],
@@ -188,7 +183,7 @@ def _write_onnx(trained: Trained, path: Path) -> None:
             verbose=False,
         )
     assert made is not None
-    for node in made.model.graph:
+    for node in made.model.graph:  # where it comes from in the code, down to the folders of this machine
         node.metadata_props.clear()
     made.model.metadata_props[_METADATA] = _graph_description(trained)
     made.save(path, external_data=False)
@@ -203,9 +198,11 @@ def _onnx_outputs(trained: Trained, path: Path, images: Tensor) -> Outputs:
 
 
 def _write_program(trained: Trained, path: Path) -> None:
+    program = _program(trained).run_decompositions({})  # which leaves nothing of a cosine classifier's autocast
+    for node in program.graph.nodes:  # as in ONNX
+        node.meta.pop("stack_trace", None)
     with path.open("wb") as file:
-        extra = {f"{_METADATA}.json": _graph_description(trained)}
-        torch.export.save(_program(trained), file, extra_files=extra)
+        torch.export.save(program, file, extra_files={f"{_METADATA}.json": _graph_description(trained)})
 
 
 def _program_outputs(trained: Trained, path: Path, images: Tensor) -> Outputs:
