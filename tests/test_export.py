@@ -213,11 +213,10 @@ def test_every_norm_is_folded():
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", (False, True), ids=("plain", "fused"))
 @pytest.mark.parametrize("model", MODEL_NAMES)
-def test_round_trips_of_every_model(model, fused, tmp_path, capsys):
+def test_round_trips_of_every_model(model, fused, tmp_path):
     """The command itself compares what it reads back with the run's model."""
+    pytest.importorskip("onnxscript")
     checkpoint = write_checkpoint(tmp_path / "best.pt", img_size=32, model=model, fused_se=fused)
     for kind, made in export.FORMATS.items():
-        if kind == "onnx":
-            pytest.importorskip("onnxscript")
-        exported(checkpoint, kind, tmp_path / f"model{made.suffix}")
-        print(model, kind, "fused" if fused else "plain", capsys.readouterr().out)
+        exported(checkpoint, kind, tmp_path / f"model{made.suffix}").unlink()  # 240 MB at most, and pytest keeps them
+    checkpoint.unlink()
