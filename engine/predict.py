@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,18 @@ class Predicted:
     probabilities: np.ndarray
     reasons: dict[int, str]
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) int64: the likeliest class of each image, an index into ``class_names``; -1 where it cannot be read."""
+        labels = self.probabilities.argmax(axis=1)
+        labels[list(self.reasons)] = -1
+        return labels
+
+    @property
+    def predictions(self) -> tuple[str | None, ...]:
+        """n names of the likeliest classes; None where the image cannot be read."""
+        return tuple(None if label < 0 else self.class_names[label] for label in self.labels)
+
 
 def main(argv: list[str] | None) -> int:
     """Returns 1 where an image cannot be read, else 0."""
@@ -79,8 +90,11 @@ def predict(
     readable = [i for i, file in enumerate(files) if file not in reasons]
     probabilities = np.full((len(files), len(class_names)), np.nan, dtype=np.float32)
     if readable:
-        probabilities[readable], lost = _look_at([files[i] for i in readable], model, len(class_names), config, device)
-        reasons |= lost
+        # with a class for each file, the labels of a batch tell which files it holds
+        looked_at = tuple(files[i] for i in readable)
+        samples = Samples(looked_at, np.arange(len(looked_at)), looked_at)
+        probabilities[readable], lost = look_at(samples, model, len(class_names), config, device)
+        reasons |= {looked_at[i]: reason for i, reason in lost.items()}
     return Predicted(
         tuple(images.names.values()),
         class_names,
@@ -97,26 +111,26 @@ def format_csv(found: Predicted) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["filename", "prediction", *(f"prob_{name}" for name in found.class_names), "error"])
-    for i, (name, row) in enumerate(zip(found.names, found.probabilities, strict=True)):
-        if i in found.reasons:
-            fields = ["", *[""] * len(row), found.reasons[i]]
-        else:
-            fields = [found.class_names[row.argmax()], *map(str, row), ""]
-        writer.writerow([printable(name), *fields])
+    for i, (name, prediction, row) in enumerate(zip(found.names, found.predictions, found.probabilities, strict=True)):
+        figures = [""] * len(row) if prediction is None else map(str, row)
+        writer.writerow([printable(name), prediction or "", *figures, found.reasons.get(i, "")])
     return text.getvalue()
 
 
 @torch.inference_mode()
-def _look_at(
-    files: Sequence[str], model: nn.Module, num_classes: int, config: Config, device: torch.device
-) -> tuple[np.ndarray, dict[str, str]]:
-    """(n, num_classes) float32 probabilities, and the files that have gone bad meanwhile with the reason."""
+def look_at(
+    samples: Samples, model: nn.Module, num_classes: int, config: Config, device: torch.device
+) -> tuple[np.ndarray, dict[int, str]]:
+    """What ``model`` says of n images whose labels are 0 to n - 1, shown as ``config`` says.
+
+    Returns (n, num_classes) float32 probabilities, and why images cannot be read after all, by index.
+
+    Raises UserError where a probability is not a number.
+    """
     precision = Precision(device, config.amp, config.amp_dtype)
-    # With a class for each file, the labels of a batch tell which files it holds.
-    samples = Samples(tuple(files), np.arange(len(files)), tuple(files))
     loader = make_eval_loader(samples, dataclasses.replace(config, max_bad_fraction=1.0), device, precision)
-    probabilities = np.full((len(files), num_classes), np.nan, dtype=np.float32)
-    with tqdm(total=len(files), desc="predicting", unit="img", leave=False, disable=None) as bar:
+    probabilities = np.full((len(samples), num_classes), np.nan, dtype=np.float32)
+    with tqdm(total=len(samples), desc="predicting", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader.epoch(0):
             with precision.autocast():
                 logits = model(images)
@@ -125,11 +139,11 @@ def _look_at(
             bad = shown[np.isnan(probabilities[shown]).any(axis=1)]
             if len(bad):
                 raise UserError(
-                    f"the model's output for {printable(files[bad[0]])} is not a number: train with a lower --lr or "
-                    "--amp-dtype bfloat16"
+                    f"the model's output for {printable(samples.files[bad[0]])} is not a number: train with a lower "
+                    "--lr or --amp-dtype bfloat16"
                 )
             bar.update(len(shown))
-    return probabilities, {files[i]: printable(reason) for i, reason in loader.reasons_lost.items()}
+    return probabilities, {i: printable(reason) for i, reason in loader.reasons_lost.items()}
 
 
 def _free_output(output: Path, *, force: bool) -> Path:
@@ -145,8 +159,8 @@ def _free_output(output: Path, *, force: bool) -> Path:
 
 
 def _format_counts(found: Predicted) -> str:
-    good = np.delete(found.probabilities, list(found.reasons), axis=0)
-    counts = np.bincount(good.argmax(axis=1), minlength=len(found.class_names))
+    labels = found.labels
+    counts = np.bincount(labels[labels >= 0], minlength=len(found.class_names))
     lines: list[list[Any]] = [["class", "images"]]
     lines += [[name, str(count)] for name, count in zip(found.class_names, counts, strict=True)]
     if found.reasons:

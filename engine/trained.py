@@ -18,10 +18,15 @@ from engine.errors import UserError
 from engine.run import RunDirectory
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run (its best epoch) or one checkpoint")
     parser.add_argument("--epoch", type=int, help="the weights of that epoch, where the run kept it (--keep-epochs)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it runs."""
+    add_checkpoint_flags(parser)
     parser.add_argument("-b", "--batch-size", type=int, help="images a step")
     parser.add_argument("--data-backend", choices=DATA_BACKENDS, help="what reads images; as in the run without it")
     parser.add_argument("-j", "--workers", type=int, help="threads that read and decode images")
@@ -35,14 +40,22 @@ def open_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Config]:
 
     Raises UserError: there is no such checkpoint, or it is none.
     """
-    path = _checkpoint_path(args.checkpoint, args.epoch)
-    checkpoint = load_checkpoint(path)
-    config = Config.from_mapping(checkpoint["args"], str(path))
+    checkpoint, config = read_trained(args.checkpoint, args.epoch)
     names = ("batch_size", "data_backend", "workers", "fused_scope")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = dataclasses.replace(config, fused_se=args.fused_se or config.fused_se, **changes)
     require_fused(config, args.fused_scope)
     return checkpoint, config
+
+
+def read_trained(name: str, epoch: int | None = None) -> tuple[dict[str, Any], Config]:
+    """A checkpoint, or of a run its best epoch's or that of ``epoch``, and how it was trained.
+
+    Raises UserError: there is no such checkpoint, or it is none.
+    """
+    path = _checkpoint_path(name, epoch)
+    checkpoint = load_checkpoint(path)
+    return checkpoint, Config.from_mapping(checkpoint["args"], str(path))
 
 
 def restore_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:

@@ -62,9 +62,13 @@ def test_the_rule_is_seen_to_fail(tmp_path, monkeypatch):
 
 
 def test_engine_imports_neither_dali_nor_cuda():
-    """The sampler, configuration, checkpoints and metrics work on a machine that has neither."""
+    """The sampler, configuration, checkpoints and metrics work on a machine that has neither; and nothing is imported
+    before it is needed."""
     code = (
         "import sys; sys.modules['nvidia.dali'] = None\n"
+        "import engine\n"
+        "assert not {'engine.api', 'torchvision', 'sklearn'} & set(sys.modules)\n"
+        "from engine import load\n"
         "import engine.train, engine.evaluate, torch\n"
         "assert not torch.cuda.is_initialized()\n"
     )

@@ -11,7 +11,7 @@ import torch
 
 from engine import predict
 from engine.build import make_eval_loader
-from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, open_samples
@@ -23,24 +23,10 @@ from engine.data.unlabelled import find_images
 from engine.device import Precision
 from engine.errors import UserError
 from engine.models import create_model
+from tests.checkpoints import NAMES, write_checkpoint
 from tests.data_helpers import CPU, picture, save
 from tests.image_corpus import WIDTH, make_bad, make_good
 from tests.image_folders import write_folder
-
-NAMES = ("blue", "green, light", "red")
-
-
-def write_checkpoint(path: Path, **options) -> Path:
-    """Of a network that was not trained, but whose BatchNorms let the images through."""
-    torch.manual_seed(0)
-    model = create_model("seresnet18", num_classes=len(NAMES))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bn2.weight"):
-            torch.nn.init.constant_(parameter, 0.3)
-    args = Config(**{"model": "seresnet18", "amp": False, "workers": 2, **options}).as_mapping()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, {"args": args, "class_names": NAMES, "model": model.state_dict(), "epoch": 0})
-    return path
 
 
 def model_of(checkpoint: Path) -> torch.nn.Module:

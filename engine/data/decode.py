@@ -72,16 +72,26 @@ def decode(file: str) -> Decoded:
             pixels, photometric = dicom.decode_dicom(file, MAX_PIXELS)
             return Decoded(pixels, "DICOM", photometric)
         with Image.open(file, formats=FORMATS) as image:
-            if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels, not between 1 and {MAX_PIXELS}")
-            image.load()
-            return Decoded(_to_rgb(image), image.format or "", image.mode)
+            return Decoded(decode_opened(image), image.format or "", image.mode)
     except (BadImage, UserError):
         raise
     except UnidentifiedImageError as error:
         raise BadImage(f"not an image of a known kind ({', '.join((*FORMATS, 'DICOM'))})") from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # of pydicom's, and Pillow's while it opens, any
+        raise BadImage(_first_line(error)) from error
+
+
+def decode_opened(image: Image.Image) -> np.ndarray:
+    """The pixels of an image that Pillow has opened, or made: (H, W, 3) uint8 RGB. Raises BadImage."""
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels, not between 1 and {MAX_PIXELS}")
+    try:
+        image.load()
+        return _to_rgb(image)
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise BadImage(_first_line(error)) from error
 
