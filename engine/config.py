@@ -73,6 +73,14 @@ class Config:
     channels_last: bool = _flag(True, "keep activations channels-last", switch=True)
     drop: float = _flag(0.0, "probability of dropping a feature before the classifier", type=float)
 
+    freeze_until: str | None = _flag(
+        None, "freeze this layer and all before it, such as layer2: no gradient, BatchNorm as in evaluation", type=str
+    )
+    freeze: tuple[str, ...] = _flag((), "freeze these layers or parameters, such as conv1 bn1 layer1.0", names=True)
+    unfreeze_epochs: int | None = _flag(
+        None, "let a frozen stage go each time after so many epochs, from the last one to the stem", type=int
+    )
+
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
     sampling: str = _flag(
@@ -140,6 +148,9 @@ class Config:
     momentum: float = _flag(0.9, "momentum of SGD", type=float)
     weight_decay: float = _flag(0.05, "weight decay, of everything but biases and norms", type=float)
     decay_all: bool = _flag(False, "decay biases and norms too, as torch's optimizers do by themselves", switch=True)
+    layer_decay: float = _flag(
+        1.0, "factor of the learning rate from each stage to the one before it: head, layer4, ..., stem", type=float
+    )
     sched: str = _flag("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup_epochs: int = _flag(3, "epochs of linear warm-up", type=int)
     min_lr: float = _flag(1e-6, "learning rate that the cosine ends at", type=float)
@@ -220,7 +231,8 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         for name in ("focal_gamma", "tau", "l2_loss"):
             self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
-        for name in ("lr", "clip_grad", "early_stopping_patience"):
+        self._require(0 < self.layer_decay <= 1, "layer_decay", "above 0 and at most 1")
+        for name in ("lr", "clip_grad", "early_stopping_patience", "unfreeze_epochs"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed", "drw_epoch"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
@@ -244,6 +256,11 @@ class Config:
                         f"--loss ldam does not go with {_spelled(name)} {getattr(self, name)}: its margin is that of "
                         f"an image's one label; leave {_spelled(name)} out, or use another --loss"
                     )
+        if self.unfreeze_epochs and not (self.freeze or self.freeze_until):
+            raise UserError(
+                f"--unfreeze-epochs {self.unfreeze_epochs} does nothing where nothing is frozen; add --freeze-until "
+                "layer4, or leave it out"
+            )
         if self.drw_epoch and self.class_weights == "none":
             raise UserError(
                 f"--drw-epoch {self.drw_epoch} does nothing without --class-weights; add --class-weights effective, "
@@ -378,6 +395,10 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         if isinstance(value, bool):
             return value
         raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
+    if "names" in argument:
+        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise UserError(f"{source}: {field.name}: {value!r} must be a list of names")
     if "words" in argument:
         return _word_or_numbers(field.name, value, argument["words"], source)
     if "nargs" in argument:
@@ -455,6 +476,9 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         shown = "" if default is None else f" (default: {default})"
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
+        elif argument.pop("names", False):
+            argument |= {"metavar": "NAME", "nargs": "+"}
+            shown = ""
         elif argument.pop("words", None):
             argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
         elif "nargs" in argument:

@@ -39,6 +39,7 @@ from engine.mixing import Mixing
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
 from engine.scoring import final_metrics, score, score_images
+from engine.stages import Freezing, frozen_at_random, make_freezing
 
 
 @dataclasses.dataclass
@@ -50,6 +51,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
     ema: ModelEma | None = None
+    freezing: Freezing = dataclasses.field(default_factory=Freezing)
 
     @property
     def scored(self) -> nn.Module:
@@ -140,7 +142,7 @@ def train_epoch(
     mixing: Mixing | None = None,
 ) -> Row:
     """One pass over the loader. Inside the loop the host never waits for the device."""
-    model, optimizer, scaler = training.model.train(), training.optimizer, training.scaler
+    model, optimizer, scaler = training.freezing.train(training.model, epoch), training.optimizer, training.scaler
     loss_sum: Tensor | None = None
     images_seen, waited, began = 0, 0.0, time.perf_counter()
     # dropout draws from torch's own generators, whose state no checkpoint keeps
@@ -208,8 +210,9 @@ def _checked_data(config: Config) -> Splits:
     print(splits.description)
     for file in bad:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
-    if warning := twice_corrected(config):
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in (twice_corrected(config), frozen_at_random(config)):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     return splits
 
 
@@ -226,11 +229,12 @@ def _build(
         sampler=make_sampler(splits.train, config),
         augmentation=make_augmentation(config),
     )
+    freezing = make_freezing(model, config)
     optimizer = make_optimizer(model, config)
     steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
     schedule = make_schedule(optimizer, config, steps_per_epoch)
     ema = ModelEma(model, config.model_ema_decay, warmup=config.model_ema_warmup) if config.model_ema else None
-    return Training(model, optimizer, schedule, precision.scaler(), ema), loader
+    return Training(model, optimizer, schedule, precision.scaler(), ema, freezing), loader
 
 
 def _scalars(metrics: dict[str, Any]) -> Row:
