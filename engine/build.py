@@ -136,4 +136,4 @@ def build_model(config: Config, num_classes: int, device: torch.device, *, start
         print(load_pretrained(model, config.model, config.pretrained_path))
     if config.fused_se:
         print(fuse(model, config))
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    return model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

@@ -21,7 +21,7 @@ from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
-from engine.models import MODEL_NAMES
+from engine.models import MODEL_NAMES, require_known
 
 PROBABILITIES = (
     *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
@@ -57,9 +57,9 @@ class Config:
     max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
     num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
 
-    model: str = _flag("seresnet50", f"one of {', '.join(MODEL_NAMES)}", type=str)
+    model: str = _flag("seresnet50", f"one of {', '.join(MODEL_NAMES)}; or timm:NAME, any model of timm", type=str)
     pretrained: bool = _flag(
-        False, "start from torchvision's ImageNet weights (downloaded by torchvision)", switch=True
+        False, "start from torchvision's ImageNet weights, or timm's (downloaded by either)", switch=True
     )
     pretrained_path: str | None = _flag(
         None, "start from a weight file of torchvision or timm (.pth, .safetensors)", type=str
@@ -239,8 +239,8 @@ class Config:
         self._require(
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )
-        for name, known in (("model", MODEL_NAMES), ("eval_metric", METRIC_NAMES)):
-            self._require(getattr(self, name) in known, name, f"one of: {', '.join(known)}")
+        require_known(self.model)
+        self._require(self.eval_metric in METRIC_NAMES, "eval_metric", f"one of: {', '.join(METRIC_NAMES)}")
         self._require(
             isinstance(self.class_weights, str) or all(0 < weight < math.inf for weight in self.class_weights),
             "class_weights",
