@@ -20,6 +20,7 @@ from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
+from engine.head_specs import plain_specs, read_head_specs
 from engine.metrics import METRIC_NAMES
 from engine.models import MODEL_NAMES, require_known
 
@@ -79,6 +80,10 @@ class Config:
     freeze: tuple[str, ...] = _flag((), "freeze these layers or parameters, such as conv1 bn1 layer1.0", names=True)
     unfreeze_epochs: int | None = _flag(
         None, "let a frozen stage go each time after so many epochs, from the last one to the stem", type=int
+    )
+
+    heads: dict[str, dict[str, Any]] = dataclasses.field(
+        default_factory=dict, metadata={"help": "several classifiers in place of one", "recipe_only": True}
     )
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
@@ -240,7 +245,11 @@ class Config:
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )
         require_known(self.model)
-        self._require(self.eval_metric in METRIC_NAMES, "eval_metric", f"one of: {', '.join(METRIC_NAMES)}")
+        head, _, metric = self.eval_metric.rpartition(".")
+        known = f"one of: {', '.join(METRIC_NAMES)}"
+        if self.heads:
+            known += f"; or HEAD.METRIC with a head of {', '.join(self.heads)}"
+        self._require(metric in METRIC_NAMES and (not head or head in self.heads), "eval_metric", known)
         self._require(
             isinstance(self.class_weights, str) or all(0 < weight < math.inf for weight in self.class_weights),
             "class_weights",
@@ -261,12 +270,24 @@ class Config:
                 f"--unfreeze-epochs {self.unfreeze_epochs} does nothing where nothing is frozen; add --freeze-until "
                 "layer4, or leave it out"
             )
+        if self.heads:
+            self._require_what_heads_take()
         if self.drw_epoch and self.class_weights == "none":
             raise UserError(
                 f"--drw-epoch {self.drw_epoch} does nothing without --class-weights; add --class-weights effective, "
                 "or leave it out"
             )
         self._require(self.drw_epoch < self.epochs, "drw_epoch", "below --epochs, or the weights never count")
+
+    def _require_what_heads_take(self) -> None:
+        if self.loss not in ("cross-entropy", "logit-adjustment"):
+            raise UserError(f"--loss {self.loss} does not go with heads; use cross-entropy or logit-adjustment")
+        if not isinstance(self.class_weights, str):
+            raise UserError("--class-weights as numbers do not go with heads, each with its classes; use balanced")
+        for name in ("mixup", "cutmix", "drop"):
+            if getattr(self, name):
+                way_out = "give each head its own drop" if name == "drop" else "leave it out"
+                raise UserError(f"{_spelled(name)} {getattr(self, name)} does not go with heads; {way_out}")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -388,6 +409,8 @@ def _checked(values: Any, source: str) -> dict[str, Any]:
 
 
 def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    if "recipe_only" in field.metadata:
+        return plain_specs(read_head_specs(value, f"{source}: {field.name}"))
     argument = field.metadata["argument"]
     if value is None and (field.default is None):
         return None
@@ -468,7 +491,7 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
 def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Sequence[str] = ()) -> None:
     """A flag for each field of `Config`, but for those that the command has a meaning of its own for."""
     for field in dataclasses.fields(Config):
-        if field.name in without:
+        if field.name in without or "recipe_only" in field.metadata:
             continue
         default: Any = field.default
         argument = dict(field.metadata["argument"])

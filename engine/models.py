@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +92,14 @@ _ARCHITECTURES = _PLAIN | {f"se{name}": plain._replace(block=_WITH_SE[plain.bloc
 MODEL_NAMES = tuple(_ARCHITECTURES)
 
 
+class HeadShape(NamedTuple):
+    """Of one head over the pooled features: linear, or linear, ReLU, dropout, linear with ``hidden`` units between."""
+
+    classes: int
+    hidden: int | None = None
+    drop: float = 0.0
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What a model took from pretrained weights, and which parts kept a fresh initialisation; str() is one line."""
@@ -112,13 +121,15 @@ def create_model(
     pretrained_path: PathLike | None = None,
     drop: float = 0.0,
     cosine: bool = False,
+    heads: Mapping[str, HeadShape] | None = None,
 ) -> nn.Module:
     """Builds `name`, one of MODEL_NAMES or ``timm:NAME``: (N, 3, H, W) images to (N, num_classes) logits.
 
     Initialised as in timm: convolutions by Kaiming's normal fan-out rule, the last BatchNorm weight of each residual
     branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged. Training
     drops each feature before the classifier with probability `drop`; a `cosine` classifier is a
-    `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights.
+    `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights. With `heads` there
+    is no classifier: the model gives {name: (N, classes)}, and has ``heads.NAME.*`` beside the keys of the trunk.
 
     Raises:
         UserError: unknown name, fewer than one class, or weights that cannot be had or do not fit.
@@ -132,7 +143,9 @@ def create_model(
         drop = 0.0  # it is timm's now
     else:
         model = ResNet(**_ARCHITECTURES[name]._asdict(), num_classes=num_classes, zero_init_residual=True)
-    if cosine or drop > 0:
+    if heads:
+        _add_heads(model, name, heads)
+    elif cosine or drop > 0:
         _replace_classifier(model, name, drop, cosine=cosine)
     if pretrained or pretrained_path is not None:
         logger.info("%s", load_pretrained(model, name, pretrained_path))
@@ -154,6 +167,33 @@ def _replace_classifier(model: nn.Module, name: str, drop: float, *, cosine: boo
         )
     parent, _, child = place.rpartition(".")
     setattr(model.get_submodule(parent), child, (CosineLinear if cosine else DropoutLinear)(linear, drop))
+
+
+def _add_heads(model: nn.Module, name: str, heads: Mapping[str, HeadShape]) -> None:
+    if hasattr(model, "heads"):
+        raise UserError(f"heads: {name} has a part of that name already; use another model")
+    if isinstance(model, ResNet):
+        features = model.fc.in_features
+        model.fc = nn.Identity()
+    else:
+        trunk: Any = model
+        features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+        trunk.reset_classifier(0)
+    model.heads = nn.ModuleDict({head: _head(features, shape) for head, shape in heads.items()})
+    # A hook, so that the trunk keeps its class and its keys, whatever library it is of
+    model.register_forward_hook(_apply_heads)
+
+
+def _head(features: int, shape: HeadShape) -> nn.Sequential:
+    if shape.hidden is None:
+        return nn.Sequential(nn.Dropout(shape.drop), nn.Linear(features, shape.classes))
+    hidden = nn.Linear(features, shape.hidden)
+    return nn.Sequential(hidden, nn.ReLU(), nn.Dropout(shape.drop), nn.Linear(shape.hidden, shape.classes))
+
+
+def _apply_heads(model: nn.Module, args: object, features: Tensor) -> dict[str, Tensor]:
+    heads = model.get_submodule("heads")
+    return {name: head(features) for name, head in heads.named_children()}
 
 
 def seresnet18(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> nn.Module:
@@ -218,7 +258,7 @@ def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -
 
 
 def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadReport:
-    expected, last = model.state_dict(), classifier_names(model)
+    expected, last = model.state_dict(), (*classifier_names(model), "heads")
     fresh = []
 
     difference = _other_classifier(given, expected, last[0])
@@ -255,6 +295,11 @@ def _open_se_gates(model: nn.Module) -> None:
 
 def _other_classifier(given: StateDict, expected: StateDict, place: str) -> str | None:
     """Why the classifier of the weights is not that of the model; None: it is, as far as this goes."""
+    heads, given_heads = (
+        {key: tensor.shape for key, tensor in state.items() if key.startswith("heads.")} for state in (expected, given)
+    )
+    if heads and given_heads != heads:
+        return "the weights have other heads, or none"
     classes, given_classes = (_classes(state, place) for state in (expected, given))
     if given_classes != classes:
         return f"{given_classes} classes in the weights, {classes} here"
@@ -270,7 +315,7 @@ def _classes(state: StateDict, place: str) -> int:
     return 0 if classifier is None or classifier.dim() == 0 else classifier.shape[0]
 
 
-def _trunk(state: StateDict, last: tuple[str, ...] = ("fc",)) -> StateDict:
+def _trunk(state: StateDict, last: tuple[str, ...] = ("fc", "heads")) -> StateDict:
     prefixes = tuple(f"{place}." for place in last)
     return {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
 

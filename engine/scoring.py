@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.calibration import fit_temperature
 from engine.data import Loader
 from engine.device import Precision
 from engine.errors import UserError
+from engine.heads import NO_LABEL, Heads
 from engine.intervals import bootstrap_intervals
 from engine.metrics import ClassificationMetrics, checked_samples, classification_metrics, probability_figures
 from engine.operating_points import operating_points
@@ -32,12 +34,15 @@ class Scored:
         class_names: the names of labels 0, 1, ...
         logits: (n, classes) float64, finite, on the CPU.
         labels: (n,) int64, the truth.
+        heads: of a model with heads the same of each one, on the images that count there; the rest is then what they
+            say together, end to end (`Heads.ends`).
     """
 
     files: tuple[str, ...]
     class_names: tuple[str, ...]
     logits: Tensor
     labels: Tensor
+    heads: Mapping[str, Scored] = field(default_factory=dict)
 
     def predictions(self, folder: Path) -> Predictions:
         """For ``predictions.csv``, with names relative to ``folder``."""
@@ -45,8 +50,17 @@ class Scored:
         return Predictions(names, self.class_names, self.labels, self.logits.argmax(dim=1), self.logits.softmax(dim=1))
 
 
-def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
-    """The metrics of `engine.metrics` over one pass of the loader. Raises UserError where a logit is not finite."""
+def score(
+    model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision, heads: Heads | None = None
+) -> dict[str, Any]:
+    """The metrics of `engine.metrics` over one pass of the loader. Raises UserError where a logit is not finite.
+
+    With ``heads`` they are end to end, and under "heads" stand those of each one.
+    """
+    if heads is not None:
+        scored = score_heads(model, loader, heads, precision)
+        of_head = {name: _metrics(own) for name, own in scored.heads.items()}
+        return {**_metrics(scored), "heads": of_head}
     try:
         return _pass(model, loader, class_names, precision, "none").compute()
     except ValueError as error:
@@ -76,6 +90,46 @@ def score_images(
     return Scored(tuple(loader.data.files[i] for i in kept), class_names, logits, labels)
 
 
+def score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
+    """As `score_images`, of a model with heads and a loader by index. Raises UserError where a logit is not finite."""
+    model.eval()
+    batches: list[Mapping[str, Tensor]] = []
+    shown: list[Tensor] = []
+    with torch.inference_mode():
+        for images, indices in loader.epoch(0):
+            with precision.autocast():
+                batches.append({name: logits.float() for name, logits in model(images).items()})
+            shown.append(indices.clone())
+    indices = torch.cat(shown).cpu()
+    logits = {name: torch.cat([batch[name] for batch in batches]).cpu().double() for name in heads.tasks}
+    labels = {name: torch.from_numpy(own)[indices] for name, own in heads.labels(loader.data).items()}
+    files = [loader.data.files[i] for i in indices.tolist()]
+
+    log_p = {name: own.log_softmax(dim=1) for name, own in logits.items()}
+    ends = heads.ends()
+    together = torch.stack([sum((log_p[h][:, c] for h, c in path), torch.tensor(0.0)) for path in ends.values()], dim=1)
+    truth = torch.full_like(indices, NO_LABEL)
+    for end, path in enumerate(ends.values()):
+        truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
+    of_head = {
+        name: _counted(files, task.class_names, logits[name], labels[name]) for name, task in heads.tasks.items()
+    }
+    return replace(_counted(files, tuple(ends), together, truth), heads=of_head)
+
+
+def _counted(files: Sequence[str], class_names: tuple[str, ...], logits: Tensor, labels: Tensor) -> Scored:
+    counts = labels != NO_LABEL
+    try:
+        logits, labels = checked_samples(logits[counts], labels[counts], len(class_names))
+    except ValueError as error:
+        raise _cannot_score(error) from error
+    return Scored(tuple(files[i] for i in counts.nonzero().flatten().tolist()), class_names, logits, labels)
+
+
+def _metrics(scored: Scored) -> dict[str, Any]:
+    return classification_metrics(scored.logits, scored.labels, scored.class_names)
+
+
 def final_metrics(
     scored: Scored, validation: Scored | None, *, split: str, temperature: float | None, sensitivities: Sequence[float]
 ) -> dict[str, Any]:
@@ -86,8 +140,9 @@ def final_metrics(
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
       ``split`` is "validation", tried on the same images.
+    - ``heads``: of a model with heads the same of each one, at a temperature of its own.
     """
-    metrics = classification_metrics(scored.logits, scored.labels, scored.class_names)
+    metrics = _metrics(scored)
     metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
     metrics["temperature"] = temperature
     if temperature is not None and split != "validation":
@@ -100,7 +155,19 @@ def final_metrics(
             sensitivities,
             metrics.get("positive_class"),
         )
+    if scored.heads:
+        metrics["heads"] = {
+            name: _final_of_head(own, validation and validation.heads[name], split, sensitivities)
+            for name, own in scored.heads.items()
+        }
     return metrics
+
+
+def _final_of_head(
+    scored: Scored, validation: Scored | None, split: str, sensitivities: Sequence[float]
+) -> dict[str, Any]:
+    temperature = None if validation is None else fit_temperature(validation.logits, validation.labels)
+    return final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=sensitivities)
 
 
 @torch.inference_mode()

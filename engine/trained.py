@@ -15,6 +15,7 @@ from engine.checkpoint import load_checkpoint
 from engine.config import Config, require_fused
 from engine.data import DATA_BACKENDS
 from engine.errors import UserError
+from engine.heads import restore_heads
 from engine.run import RunDirectory
 
 
@@ -47,7 +48,8 @@ def open_trained(args: argparse.Namespace) -> tuple[dict[str, Any], Config]:
 
 def restore_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
     """The checkpoint's model on ``device``, fused where ``config`` says so, in evaluation mode."""
-    model = build_model(config, len(checkpoint["class_names"]), device, starts_fresh=False)
+    heads = restore_heads(config, checkpoint.get("heads", {}))
+    model = build_model(config, len(checkpoint["class_names"]), device, starts_fresh=False, heads=heads)
     model.load_state_dict(checkpoint["model"])
     return model.eval()
 
