@@ -89,6 +89,13 @@ class Heads:
         unique = len(set(last)) == len(last)
         return {(names[-1] if unique else " / ".join(names)): path for names, path in zip(steps, paths, strict=True)}
 
+    def together(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """{head: (n, classes)} logits -> (n, ends) logarithms of probabilities, products along each way."""
+        log_p = {name: own.log_softmax(dim=1) for name, own in logits.items()}
+        paths = self.ends().values()
+        ways = [torch.stack([log_p[head][:, label] for head, label in path]) for path in paths]
+        return torch.stack([way.sum(dim=0) for way in ways], dim=1)
+
     def _paths(self, root: str) -> list[Path]:
         paths: list[Path] = []
         children = self.children(root)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.calibration import fit_temperature
 from engine.data import Loader
 from engine.device import Precision
 from engine.errors import UserError
@@ -91,7 +90,10 @@ def score_images(
 
 
 def score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
-    """As `score_images`, of a model with heads and a loader by index. Raises UserError where a logit is not finite."""
+    """As `score_images`, of a model with heads and a loader by index; a head for which no image counts is left out.
+
+    Raises UserError where a logit is not finite, or the truth end to end is not known of any image.
+    """
     model.eval()
     batches: list[Mapping[str, Tensor]] = []
     shown: list[Tensor] = []
@@ -105,20 +107,22 @@ def score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Preci
     labels = {name: torch.from_numpy(own)[indices] for name, own in heads.labels(loader.data).items()}
     files = [loader.data.files[i] for i in indices.tolist()]
 
-    log_p = {name: own.log_softmax(dim=1) for name, own in logits.items()}
     ends = heads.ends()
-    together = torch.stack([sum((log_p[h][:, c] for h, c in path), torch.tensor(0.0)) for path in ends.values()], dim=1)
     truth = torch.full_like(indices, NO_LABEL)
     for end, path in enumerate(ends.values()):
         truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
     of_head = {
-        name: _counted(files, task.class_names, logits[name], labels[name]) for name, task in heads.tasks.items()
+        name: _counted(files, task.class_names, logits[name], labels[name])
+        for name, task in heads.tasks.items()
+        if (labels[name] != NO_LABEL).any()
     }
-    return replace(_counted(files, tuple(ends), together, truth), heads=of_head)
+    return replace(_counted(files, tuple(ends), heads.together(logits), truth), heads=of_head)
 
 
 def _counted(files: Sequence[str], class_names: tuple[str, ...], logits: Tensor, labels: Tensor) -> Scored:
     counts = labels != NO_LABEL
+    if not counts.any():
+        raise UserError(f"cannot score: of no image it is known which of {', '.join(class_names)} it is; label some")
     try:
         logits, labels = checked_samples(logits[counts], labels[counts], len(class_names))
     except ValueError as error:
@@ -131,7 +135,13 @@ def _metrics(scored: Scored) -> dict[str, Any]:
 
 
 def final_metrics(
-    scored: Scored, validation: Scored | None, *, split: str, temperature: float | None, sensitivities: Sequence[float]
+    scored: Scored,
+    validation: Scored | None,
+    *,
+    split: str,
+    temperature: float | None,
+    sensitivities: Sequence[float],
+    head_temperatures: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """What metrics.json holds beside where it comes from: `classification_metrics`, and
 
@@ -140,7 +150,7 @@ def final_metrics(
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
       ``split`` is "validation", tried on the same images.
-    - ``heads``: of a model with heads the same of each one, at a temperature of its own.
+    - ``heads``: of a model with heads the same of each one, at the temperature of its own.
     """
     metrics = _metrics(scored)
     metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
@@ -157,17 +167,16 @@ def final_metrics(
         )
     if scored.heads:
         metrics["heads"] = {
-            name: _final_of_head(own, validation and validation.heads[name], split, sensitivities)
+            name: final_metrics(
+                own,
+                validation and validation.heads.get(name),
+                split=split,
+                temperature=(head_temperatures or {}).get(name),
+                sensitivities=sensitivities,
+            )
             for name, own in scored.heads.items()
         }
     return metrics
-
-
-def _final_of_head(
-    scored: Scored, validation: Scored | None, split: str, sensitivities: Sequence[float]
-) -> dict[str, Any]:
-    temperature = None if validation is None else fit_temperature(validation.logits, validation.labels)
-    return final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=sensitivities)
 
 
 @torch.inference_mode()

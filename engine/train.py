@@ -375,7 +375,8 @@ def _final_score(
 
     validation = scored_images(val_loader)
     temperature = fit_temperature(validation.logits, validation.labels)
-    save_checkpoint(run_dir.best, {**best, "temperature": temperature})
+    of_heads = {name: fit_temperature(own.logits, own.labels) for name, own in validation.heads.items()}
+    save_checkpoint(run_dir.best, {**best, "temperature": temperature, "head_temperatures": of_heads})
     split, scored = "validation", validation
     if splits.test is not None:
         test_loader = make_eval_loader(splits.test, config, device, precision)
@@ -384,7 +385,14 @@ def _final_score(
     run_dir.write_predictions(scored.predictions(folder))
     for head, of_head in scored.heads.items():
         run_dir.write_predictions(of_head.predictions(folder), head)
-    metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
+    metrics = final_metrics(
+        scored,
+        validation,
+        split=split,
+        temperature=temperature,
+        sensitivities=config.sensitivity,
+        head_temperatures=of_heads,
+    )
     return {"split": split, "epoch": best["epoch"], **metrics}
 
 
