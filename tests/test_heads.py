@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 from sklearn.metrics import f1_score, recall_score
 from torch import nn
 
-from engine import evaluate, train
+from engine import evaluate, predict, train
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.config import Config, read_recipe
@@ -201,6 +202,21 @@ def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_ima
     argv = [str(finished), "--csv", str(tmp_path / "benign.csv"), "--output", str(tmp_path / "benign.json")]
     assert run(evaluate.main, argv) == 0
     assert list(json.loads((tmp_path / "benign.json").read_text())["heads"]) == ["diagnosis"]
+
+
+def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
+    output = tmp_path / "of.csv"
+    assert run(predict.main, [str(finished), str(folder / "test" / "Pre"), "--output", str(output)]) == 0
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    told = {name: read_predictions(finished / f"predictions{name}.csv") for name in ("", "_diagnosis", "_subtype")}
+    for row in rows:
+        for name, of_head in told.items():
+            i = of_head.files.index(f"test/Pre/{Path(row['filename']).name}")
+            assert row[f"prediction{name}"] == of_head.class_names[of_head.predictions[i]]
+            got = [float(row[f"prob{name}_{label}"]) for label in of_head.class_names]
+            assert got == pytest.approx(of_head.probabilities[i].tolist(), rel=1e-4)
+    assert len(rows) == 4
 
 
 def test_end_to_end_probabilities_are_those_of_the_chain(finished):
