@@ -21,6 +21,7 @@ from engine.data.samples import shorten
 from engine.errors import UserError
 from engine.head_specs import MAIN_COLUMN, HeadSpec, read_head_specs
 from engine.losses import CrossEntropyLoss, make_criterion
+from engine.metrics import check_metric_name
 from engine.models import HeadShape
 
 NO_LABEL = -1
@@ -103,6 +104,22 @@ class Heads:
             below = self._paths(children[label]) if label in children else [()]
             paths += [((root, label), *path) for path in below]
         return paths
+
+
+def checked_heads(config: Config, splits: Splits) -> Heads | None:
+    """The heads that a run trains; None: it trains one classifier.
+
+    Raises UserError where the images do not serve them, or ``config.eval_metric`` has no meaning for its classes.
+    """
+    heads = open_heads(config, splits.train)
+    if heads is not None:
+        require_labels(heads, splits)
+    head, _, metric = config.eval_metric.rpartition(".")
+    classes = len(splits.train.class_names)
+    if heads is not None:
+        classes = len(heads.tasks[head].class_names if head else heads.ends())
+    check_metric_name(metric, classes)
+    return heads
 
 
 def open_heads(config: Config, samples: Samples) -> Heads | None:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
 from engine.ema import ModelEma
 from engine.errors import UserError
-from engine.heads import Heads, make_joint_criterion, open_heads, require_labels
+from engine.heads import Heads, checked_heads, make_joint_criterion
 from engine.losses import make_criterion, sum_of_squares, twice_corrected
 from engine.metric_report import format_reports
-from engine.metrics import check_metric_name, metric_is_better
+from engine.metrics import metric_is_better
 from engine.mixing import Mixing
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
@@ -93,7 +93,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
-    heads = _checked_heads(config, splits)
+    heads = checked_heads(config, splits)
     if heads is None:
         criterion_of: Callable[[int], nn.Module] = make_criterion(config, splits.train.class_counts(), device)
     else:
@@ -220,18 +220,6 @@ def _checked_data(config: Config) -> Splits:
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
     return splits
-
-
-def _checked_heads(config: Config, splits: Splits) -> Heads | None:
-    heads = open_heads(config, splits.train)
-    if heads is not None:
-        require_labels(heads, splits)
-    head, _, metric = config.eval_metric.rpartition(".")
-    scored: Sized = splits.train.class_names
-    if heads is not None:
-        scored = heads.tasks[head].class_names if head else heads.ends()
-    check_metric_name(metric, len(scored))
-    return heads
 
 
 def _build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ from sklearn.metrics import f1_score, recall_score
 from torch import nn
 
 from engine import evaluate, predict, train
+from engine.build import open_data
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.config import Config, read_recipe
 from engine.data import DATA_BACKENDS, Samples, make_loader
 from engine.data.samples import Head
+from engine.data.torchvision_loader import _Batches
 from engine.errors import UserError
 from engine.fusion import fuse
 from engine.head_specs import plain_specs, read_head_specs
-from engine.heads import JointLoss, make_joint_criterion, open_heads
+from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
 from engine.models import HeadShape, create_model, load_pretrained
 from engine.predictions import read_predictions
 from engine.run import RunDirectory
@@ -40,11 +43,17 @@ TREE = {
         "weight": 0.5,
     },
 }
-COLOURS = {"Benign": (40, 200, 60), "Early": (220, 50, 40), "Pre": (30, 60, 220), "Pro": (200, 180, 30)}
+CLASSES = ("Benign", "Early", "Pre", "Pro")
+FOLDERS = {  # as published
+    "Benign": (40, 200, 60),
+    "[Malignant] Pre-B": (30, 60, 220),
+    "[Malignant] Pro-B": (200, 180, 30),
+    "[Malignant] early Pre-B": (220, 50, 40),
+}
 
 
 def samples(labels: list[int], **columns: Head) -> Samples:
-    return Samples(tuple(f"{i}.png" for i in range(len(labels))), np.array(labels), tuple(COLOURS), heads=columns)
+    return Samples(tuple(f"{i}.png" for i in range(len(labels))), np.array(labels), CLASSES, heads=columns)
 
 
 def test_labels_are_looked_up_merged_and_left_out_by_condition():
@@ -135,7 +144,7 @@ def test_a_network_with_heads_keeps_the_keys_of_its_trunk_fused_and_pretrained(n
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("smears")
-    for label, (name, colour) in enumerate(COLOURS.items()):
+    for label, (name, colour) in enumerate(FOLDERS.items()):
         for i in range(8):
             write_image(root / "train" / name / f"{i}.png", colour, seed=100 * label + i)
         for i in range(4):
@@ -148,18 +157,22 @@ def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
     files = sorted((folder / "test").rglob("*.png"))[:6]
     images = Samples(tuple(map(str, files)), np.array([0, 1] * 3), ("a", "b"))
     options = {"batch_size": 4, "img_size": 8, "device": CPU, "dtype": torch.float32, "training": False, "workers": 1}
-    batches = list(make_loader(backend, images, by_index=True, **options).epoch(0))
+    loader = make_loader(backend, images, by_index=True, **options)
+    if backend == "torchvision":  # here, and not in a worker, which takes seconds to start
+        batches = [_Batches(loader)[loader.planned(loader.order(0), 0, batch)] for batch in range(2)]
+    else:
+        batches = list(loader.epoch(0))
     assert [indices.tolist() for _, indices in batches] == [[0, 1, 2, 3], [4, 5]]
 
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory) -> Path:
-    """Two epochs, of which the second one after an interruption."""
+    """Two epochs by the recipe on a small network, of which the second one after an interruption."""
     output = tmp_path_factory.mktemp("runs") / "heads"
-    recipe = output.parent / "tree.yaml"
-    recipe.write_text(yaml.safe_dump({"heads": TREE, "eval_metric": "subtype.loss"}))
-    flags = ("--model", "resnet18", "--img-size", "16", "-b", "8", "-j", "1", "--epochs", "2", "--warmup-epochs", "0")
-    argv = ["--recipe", str(recipe), "--data-dir", str(folder), *flags, "--fused-se", "--freeze-until", "conv1"]
+    small = ("--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8", "-j", "1")
+    short = ("--epochs", "2", "--warmup-epochs", "0", "--model-ema", "--model-ema-warmup", "--fused-se")
+    flags = (*small, *short, "--eval-metric", "subtype.loss")
+    argv = ["--recipe", "leukemia-multitask", "--data-dir", str(folder), *flags]
     with pytest.MonkeyPatch.context() as patch:
         write = RunDirectory.write_history
 
@@ -175,8 +188,8 @@ def finished(folder, tmp_path_factory) -> Path:
 
 def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
-    classes = {None: ("benign", "Early", "Pre", "Pro"), "diagnosis": ("benign", "malignant"), "subtype": None}
-    classes["subtype"] = classes[None][1:]
+    subtypes = ("Pre-B", "Pro-B", "early Pre-B")
+    classes = {None: ("benign", *subtypes), "diagnosis": ("benign", "malignant"), "subtype": subtypes}
     for head, names in classes.items():
         figures = metrics if head is None else metrics["heads"][head]
         told = read_predictions(finished / ("predictions.csv" if head is None else f"predictions_{head}.csv"))
@@ -206,13 +219,13 @@ def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_ima
 
 def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
     output = tmp_path / "of.csv"
-    assert run(predict.main, [str(finished), str(folder / "test" / "Pre"), "--output", str(output)]) == 0
+    assert run(predict.main, [str(finished), str(folder / "test" / "[Malignant] Pre-B"), "--output", str(output)]) == 0
     with output.open() as file:
         rows = list(csv.DictReader(file))
     told = {name: read_predictions(finished / f"predictions{name}.csv") for name in ("", "_diagnosis", "_subtype")}
     for row in rows:
         for name, of_head in told.items():
-            i = of_head.files.index(f"test/Pre/{Path(row['filename']).name}")
+            i = of_head.files.index(f"test/[Malignant] Pre-B/{Path(row['filename']).name}")
             assert row[f"prediction{name}"] == of_head.class_names[of_head.predictions[i]]
             got = [float(row[f"prob{name}_{label}"]) for label in of_head.class_names]
             assert got == pytest.approx(of_head.probabilities[i].tolist(), rel=1e-4)
@@ -228,20 +241,36 @@ def test_end_to_end_probabilities_are_those_of_the_chain(finished):
     malignant = [whole.files.index(file) for file in subtype.files]
     chain = diagnosis.probabilities[malignant, 1, None] * subtype.probabilities
     torch.testing.assert_close(whole.probabilities[malignant, 1:], chain)
-    assert whole.labels.tolist() == [
-        Path(file).parent.name != "Benign" and 1 + list(COLOURS)[1:].index(Path(file).parent.name)
-        for file in whole.files
-    ]
+    assert whole.labels.tolist() == [list(FOLDERS).index(Path(file).parent.name) for file in whole.files]
 
 
 def test_a_run_with_heads_keeps_their_classes_and_chooses_by_one_of_them(finished):
     best, last = load_checkpoint(finished / "best.pt"), load_checkpoint(finished / "last.pt")
-    assert best["heads"] == {"diagnosis": ["benign", "malignant"], "subtype": ["Early", "Pre", "Pro"]}
+    assert best["heads"] == {"diagnosis": ["benign", "malignant"], "subtype": ["Pre-B", "Pro-B", "early Pre-B"]}
     losses = [row["val_subtype.loss"] for row in last["history"]]
     assert best["epoch"] == int(np.argmin(losses))
     assert (finished / "confusion_matrix_subtype.png").stat().st_size > 0
     config = Config.from_mapping(yaml.safe_load((finished / "args.yaml").read_text()), "args.yaml")
     assert config.heads["subtype"]["when"] == {"diagnosis": "malignant"}
+
+
+def test_labels_of_two_columns_of_a_manifest(tmp_path):
+    """Of a benign image the second is empty; validation is taken from train, test knows the classes of train."""
+    rows = [("benign", ""), ("malignant", "pro"), ("malignant", "pre")] * 3
+    for i in range(9):
+        write_image(tmp_path / f"{i}.png", (9 * i, 0, 0), seed=i, size=(4, 4))
+    lines = [f"{i}.png,{label},{kind},{'test' if i > 5 else 'train'}\n" for i, (label, kind) in enumerate(rows)]
+    (tmp_path / "all.csv").write_text("filename,label,label_kind,split\n" + "".join(lines))
+    specs = {"diagnosis": {}, "kind": {"column": "label_kind", "when": {"diagnosis": "malignant"}}}
+    config = Config(csv=str(tmp_path / "all.csv"), heads=plain_specs(read_head_specs(specs)))
+    splits = open_data(config)
+    heads = open_heads(config, splits.train)
+    assert heads.class_names() == {"diagnosis": ["benign", "malignant"], "kind": ["pre", "pro"]}
+    assert heads.labels(splits.test)["kind"].tolist() == [-1, 1, 0]
+    assert list(heads.ends()) == ["benign", "pre", "pro"]
+    require_labels(heads, splits)
+    with pytest.raises(UserError, match="heads: kind: the validation images hold none of pre, pro"):
+        require_labels(heads, replace(splits, val=splits.test.subset([0])))
 
 
 @pytest.mark.parametrize(
@@ -282,9 +311,7 @@ def test_options_that_heads_do_not_take_are_refused(options, message):
 
 def test_the_leukaemia_recipe_fits_both_ways_of_naming_the_folders():
     config = Config(**read_recipe("leukemia-multitask"))
-    short = tuple(COLOURS)
-    long = ("Benign", "[Malignant] Pre-B", "[Malignant] Pro-B", "[Malignant] early Pre-B")
-    for names, subtypes in ((short, [-1, 2, 0, 1]), (long, [-1, 0, 1, 2])):
+    for names, subtypes in ((CLASSES, [-1, 2, 0, 1]), (tuple(FOLDERS), [-1, 0, 1, 2])):
         images = Samples(("a", "b", "c", "d"), np.arange(4), names)
         heads = open_heads(config, images)
         assert heads.labels(images)["subtype"].tolist() == subtypes
