@@ -21,8 +21,9 @@ from engine.data.unlabelled import Unlabelled, find_images
 from engine.device import pick_device
 from engine.errors import UserError
 from engine.fusion import fuse
-from engine.predict import Predicted, look_at, predict
-from engine.trained import read_trained, restore_model
+from engine.heads import Heads
+from engine.predict import Predicted, as_predicted, columns_of, look_at, look_at_files
+from engine.trained import heads_of, read_trained, restore_model
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 _ONE = (str, os.PathLike, Image.Image)
@@ -48,7 +49,7 @@ def load(
     model = restore_model(checkpoint, dataclasses.replace(config, fused_se=False), place)
     if config.fused_se:
         fuse(model, config)
-    return Classifier(model, tuple(checkpoint["class_names"]), config, place)
+    return Classifier(model, tuple(checkpoint["class_names"]), config, place, heads_of(checkpoint, config))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +57,19 @@ class Classifier:
     """What `load` returns.
 
     Attributes:
-        model: the network in evaluation mode: (N, 3, H, W) normalised images to (N, classes) logits.
+        model: the network in evaluation mode: (N, 3, H, W) normalised images to (N, classes) logits, or of heads to a
+            dict of theirs.
         class_names: the names of labels 0, 1, ...
         config: how it was trained, which also says how it is shown images.
         device: where it stands.
+        heads: those of the model, where it has several.
     """
 
     model: nn.Module
     class_names: tuple[str, ...]
     config: Config
     device: torch.device
+    heads: Heads | None = None
 
     def predict(self, images: ImageLike | Iterable[ImageLike]) -> Predicted:
         """What ``engine.predict`` says of images, by the same input pipeline, size, crop and precision.
@@ -83,18 +87,20 @@ class Classifier:
         """
         names, sources, bad = _find(images)
         files = {source: name for name, source in zip(names, sources, strict=True) if isinstance(source, str)}
-        of_files = predict(self.model, self.class_names, Unlabelled(files, tuple(bad)), self.config, self.device)
+        how = (self.model, self.class_names, self.config, self.device, self.heads)
+        of_files, bad_files = look_at_files(Unlabelled(files, tuple(bad)), *how)
         row_of = {file: row for row, file in enumerate(files)}
 
-        probabilities = np.full((len(sources), len(self.class_names)), np.nan, dtype=np.float32)
+        width = sum(map(len, columns_of(self.class_names, self.heads)))
+        probabilities = np.full((len(sources), width), np.nan, dtype=np.float32)
         reasons: dict[int, str] = {}
         alike: dict[tuple[int, ...], dict[int, np.ndarray]] = defaultdict(dict)
         for i, source in enumerate(sources):
             if isinstance(source, str):
                 row = row_of[source]
-                probabilities[i] = of_files.probabilities[row]
-                if row in of_files.reasons:
-                    reasons[i] = of_files.reasons[row]
+                probabilities[i] = of_files[row]
+                if row in bad_files:
+                    reasons[i] = bad_files[row]
             elif isinstance(source, BadImage):
                 reasons[i] = str(source)
             else:
@@ -102,10 +108,8 @@ class Classifier:
         for found in alike.values():
             shown = tuple(names[i] for i in found)
             samples = Samples(shown, np.arange(len(shown)), shown, pixels=np.stack(list(found.values())))
-            probabilities[list(found)], _ = look_at(
-                samples, self.model, len(self.class_names), self.config, self.device
-            )
-        return Predicted(tuple(names), self.class_names, probabilities, reasons)
+            probabilities[list(found)], _ = look_at(samples, *how)
+        return as_predicted(tuple(names), probabilities, reasons, self.class_names, self.heads)
 
 
 def _find(

@@ -12,6 +12,7 @@ from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, 
 from engine.device import Precision
 from engine.errors import UserError
 from engine.fusion import fuse
+from engine.heads import Heads
 from engine.models import create_model, load_pretrained
 
 
@@ -110,6 +111,7 @@ def make_train_loader(
         seed=config.seed,
         max_bad_fraction=config.max_bad_fraction,
         workers=config.workers,
+        by_index=bool(config.heads),
     )
 
 
@@ -126,14 +128,18 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
         crop_pct=config.crop_pct,
         max_bad_fraction=config.max_bad_fraction,
         workers=config.workers,
+        by_index=bool(config.heads),
     )
 
 
-def build_model(config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool) -> nn.Module:
+def build_model(
+    config: Config, num_classes: int, device: torch.device, *, starts_fresh: bool, heads: Heads | None = None
+) -> nn.Module:
     """On its device, fused as ``config`` says; where it ``starts_fresh``, with the weights that ``config`` names."""
-    model = create_model(config.model, num_classes=num_classes, **config.model_options())
+    shapes = None if heads is None else heads.shapes()
+    model = create_model(config.model, num_classes=num_classes, heads=shapes, **config.model_options())
     if starts_fresh and (config.pretrained or config.pretrained_path):
         print(load_pretrained(model, config.model, config.pretrained_path))
     if config.fused_se:
         print(fuse(model, config))
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    return model.to(device).to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

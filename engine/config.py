@@ -20,8 +20,9 @@ from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
+from engine.head_specs import plain_specs, read_head_specs
 from engine.metrics import METRIC_NAMES
-from engine.models import MODEL_NAMES
+from engine.models import MODEL_NAMES, require_known
 
 PROBABILITIES = (
     *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
@@ -57,9 +58,9 @@ class Config:
     max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
     num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
 
-    model: str = _flag("seresnet50", f"one of {', '.join(MODEL_NAMES)}", type=str)
+    model: str = _flag("seresnet50", f"one of {', '.join(MODEL_NAMES)}; or timm:NAME, any model of timm", type=str)
     pretrained: bool = _flag(
-        False, "start from torchvision's ImageNet weights (downloaded by torchvision)", switch=True
+        False, "start from torchvision's ImageNet weights, or timm's (downloaded by either)", switch=True
     )
     pretrained_path: str | None = _flag(
         None, "start from a weight file of torchvision or timm (.pth, .safetensors)", type=str
@@ -72,6 +73,18 @@ class Config:
     )
     channels_last: bool = _flag(True, "keep activations channels-last", switch=True)
     drop: float = _flag(0.0, "probability of dropping a feature before the classifier", type=float)
+
+    freeze_until: str | None = _flag(
+        None, "freeze this layer and all before it, such as layer2: no gradient, BatchNorm as in evaluation", type=str
+    )
+    freeze: tuple[str, ...] = _flag((), "freeze these layers or parameters, such as conv1 bn1 layer1.0", names=True)
+    unfreeze_epochs: int | None = _flag(
+        None, "let a frozen stage go each time after so many epochs, from the last one to the stem", type=int
+    )
+
+    heads: dict[str, dict[str, Any]] = dataclasses.field(
+        default_factory=dict, metadata={"help": "several classifiers in place of one", "recipe_only": True}
+    )
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
@@ -140,6 +153,9 @@ class Config:
     momentum: float = _flag(0.9, "momentum of SGD", type=float)
     weight_decay: float = _flag(0.05, "weight decay, of everything but biases and norms", type=float)
     decay_all: bool = _flag(False, "decay biases and norms too, as torch's optimizers do by themselves", switch=True)
+    layer_decay: float = _flag(
+        1.0, "factor of the learning rate from each stage to the one before it: head, layer4, ..., stem", type=float
+    )
     sched: str = _flag("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
     warmup_epochs: int = _flag(3, "epochs of linear warm-up", type=int)
     min_lr: float = _flag(1e-6, "learning rate that the cosine ends at", type=float)
@@ -220,15 +236,20 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         for name in ("focal_gamma", "tau", "l2_loss"):
             self._require(0 <= getattr(self, name) < math.inf, name, "at least 0")
-        for name in ("lr", "clip_grad", "early_stopping_patience"):
+        self._require(0 < self.layer_decay <= 1, "layer_decay", "above 0 and at most 1")
+        for name in ("lr", "clip_grad", "early_stopping_patience", "unfreeze_epochs"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed", "drw_epoch"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         self._require(
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )
-        for name, known in (("model", MODEL_NAMES), ("eval_metric", METRIC_NAMES)):
-            self._require(getattr(self, name) in known, name, f"one of: {', '.join(known)}")
+        require_known(self.model)
+        head, _, metric = self.eval_metric.rpartition(".")
+        known = f"one of: {', '.join(METRIC_NAMES)}"
+        if self.heads:
+            known += f"; or HEAD.METRIC with a head of {', '.join(self.heads)}"
+        self._require(metric in METRIC_NAMES and (not head or head in self.heads), "eval_metric", known)
         self._require(
             isinstance(self.class_weights, str) or all(0 < weight < math.inf for weight in self.class_weights),
             "class_weights",
@@ -244,12 +265,29 @@ class Config:
                         f"--loss ldam does not go with {_spelled(name)} {getattr(self, name)}: its margin is that of "
                         f"an image's one label; leave {_spelled(name)} out, or use another --loss"
                     )
+        if self.unfreeze_epochs and not (self.freeze or self.freeze_until):
+            raise UserError(
+                f"--unfreeze-epochs {self.unfreeze_epochs} does nothing where nothing is frozen; add --freeze-until "
+                "layer4, or leave it out"
+            )
+        if self.heads:
+            self._require_what_heads_take()
         if self.drw_epoch and self.class_weights == "none":
             raise UserError(
                 f"--drw-epoch {self.drw_epoch} does nothing without --class-weights; add --class-weights effective, "
                 "or leave it out"
             )
         self._require(self.drw_epoch < self.epochs, "drw_epoch", "below --epochs, or the weights never count")
+
+    def _require_what_heads_take(self) -> None:
+        if self.loss not in ("cross-entropy", "logit-adjustment"):
+            raise UserError(f"--loss {self.loss} does not go with heads; use cross-entropy or logit-adjustment")
+        if not isinstance(self.class_weights, str):
+            raise UserError("--class-weights as numbers do not go with heads, each with its classes; use balanced")
+        for name in ("mixup", "cutmix", "drop"):
+            if getattr(self, name):
+                way_out = "give each head its own drop" if name == "drop" else "leave it out"
+                raise UserError(f"{_spelled(name)} {getattr(self, name)} does not go with heads; {way_out}")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -371,6 +409,8 @@ def _checked(values: Any, source: str) -> dict[str, Any]:
 
 
 def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    if "recipe_only" in field.metadata:
+        return plain_specs(read_head_specs(value, f"{source}: {field.name}"))
     argument = field.metadata["argument"]
     if value is None and (field.default is None):
         return None
@@ -378,6 +418,10 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
         if isinstance(value, bool):
             return value
         raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
+    if "names" in argument:
+        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise UserError(f"{source}: {field.name}: {value!r} must be a list of names")
     if "words" in argument:
         return _word_or_numbers(field.name, value, argument["words"], source)
     if "nargs" in argument:
@@ -447,7 +491,7 @@ def make_parser(prog: str, description: str) -> ArgumentParser:
 def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Sequence[str] = ()) -> None:
     """A flag for each field of `Config`, but for those that the command has a meaning of its own for."""
     for field in dataclasses.fields(Config):
-        if field.name in without:
+        if field.name in without or "recipe_only" in field.metadata:
             continue
         default: Any = field.default
         argument = dict(field.metadata["argument"])
@@ -455,6 +499,9 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         shown = "" if default is None else f" (default: {default})"
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
+        elif argument.pop("names", False):
+            argument |= {"metavar": "NAME", "nargs": "+"}
+            shown = ""
         elif argument.pop("words", None):
             argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
         elif "nargs" in argument:

@@ -16,16 +16,16 @@ from engine.config import ArgumentParser, Config
 from engine.data import Samples, Splits, drop_bad_samples, open_samples
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.metric_report import format_report
+from engine.metric_report import format_reports
 from engine.predictions import write_predictions
-from engine.scoring import TTA, Scored, final_metrics, score_images
-from engine.trained import add_model_flags, open_trained, restore_model
+from engine.scoring import TTA, Scored, final_metrics, score_heads, score_images
+from engine.trained import add_model_flags, heads_of, open_trained, restore_model
 
 
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     metrics = evaluate(args)
-    print(f"{metrics['split']} images, weights of epoch {metrics['epoch']}:\n\n{format_report(metrics)}")
+    print(f"{metrics['split']} images, weights of epoch {metrics['epoch']}:\n\n{format_reports(metrics)}")
     if args.output:
         write_atomically(Path(args.output), lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
 
@@ -43,11 +43,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     class_names = tuple(checkpoint["class_names"])
     split, samples = _images(args, config, class_names)
 
+    heads = heads_of(checkpoint, config)
+    if heads is not None and args.tta != "none":
+        raise UserError(f"--tta {args.tta} does not go with a model with heads; leave it out")
     model = restore_model(checkpoint, config, device)
     precision = Precision(device, config.amp, config.amp_dtype)
 
     def scored_images(samples: Samples) -> Scored:
         loader = make_eval_loader(samples, config, device, precision)
+        if heads is not None:
+            return score_heads(model, loader, heads, precision)
         return score_images(model, loader, class_names, precision, tta=args.tta)
 
     scored = scored_images(samples)
@@ -57,10 +62,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.predictions:
         own = args.data_dir is None and args.csv is None
         folder = data_folder(*(config.data_dir, config.test_csv or config.csv) if own else (args.data_dir, args.csv))
-        write_predictions(Path(args.predictions), scored.predictions(folder))
+        path = Path(args.predictions)
+        write_predictions(path, scored.predictions(folder))
+        for head, of_head in scored.heads.items():
+            write_predictions(path.with_stem(f"{path.stem}_{head}"), of_head.predictions(folder))
     # a temperature is that of the probabilities that it was fitted on, not of their means
     temperature = checkpoint.get("temperature") if args.tta == "none" else None
-    metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
+    metrics = final_metrics(
+        scored,
+        validation,
+        split=split,
+        temperature=temperature,
+        sensitivities=config.sensitivity,
+        head_temperatures=checkpoint.get("head_temperatures"),
+    )
     return {"split": split, "epoch": checkpoint["epoch"], "tta": args.tta, **metrics}
 
 
@@ -105,7 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-bad-fraction", type=float, help="largest share of unreadable images that is accepted")
     parser.add_argument("--output", metavar="FILE", help="also write the metrics there, as JSON")
-    parser.add_argument("--predictions", metavar="FILE", help="write there, as CSV, what is predicted of each image")
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="write there, as CSV, what is predicted of each image",
+    )
     parser.add_argument(
         "--sensitivity",
         metavar="FLOAT",

@@ -25,6 +25,7 @@ from engine.fusion import fuse
 from engine.inference import InferenceModel, fold_norms
 from engine.models import create_model
 from engine.output import free_file
+from engine.timm_models import PREFIX
 from engine.trained import add_checkpoint_flags, read_trained, restore_model
 
 OPSET = 18
@@ -82,6 +83,10 @@ def main(argv: list[str] | None) -> None:
     for package in kind.packages:
         _require(package, args.format)
     trained = Trained(*read_trained(args.checkpoint, args.epoch))
+    if trained.config.heads:
+        raise UserError(
+            f"{args.checkpoint}: a model with named heads has no exported form; use engine.predict or engine.load"
+        )
     difference = export(trained, kind, output)
     print(f"{trained.config.model}, weights of epoch {trained.checkpoint['epoch']}, written to {output}")
     print(f"{output.stat().st_size / 1e6:.1f} MB; read back, its output differs from the model's by {difference:.1e}")
@@ -137,7 +142,8 @@ def _own_outputs(trained: Trained, images: Tensor) -> Outputs:
 def _program(trained: Trained) -> torch.export.ExportedProgram:
     """The graph, for any number of images."""
     model = trained.model()
-    fold_norms(model)
+    if not trained.config.model.startswith(PREFIX):  # the order of whose modules may not be the order that they run in
+        fold_norms(model)
     inference = InferenceModel(model, IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False)
     size = trained.config.img_size
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)

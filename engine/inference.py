@@ -42,7 +42,7 @@ def fold_norms(model: nn.Module) -> int:
         (parent, conv_name, conv, norm_name, norm)
         for parent in model.modules()
         for (conv_name, conv), (norm_name, norm) in pairwise(parent.named_children())
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d
     ]
     for parent, conv_name, conv, norm_name, norm in pairs:
         setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))

@@ -31,6 +31,14 @@ _CLASS_COLUMNS = {
 }
 
 
+def format_reports(metrics: Mapping[str, Any]) -> str:
+    """``format_report`` of what metrics.json holds, and below it that of each head where there are any."""
+    parts = [format_report(metrics)]
+    for name, of_head in metrics.get("heads", {}).items():
+        parts.append(f"Head {name}\n\n{format_report({'split': metrics['split'], **of_head})}")
+    return "\n\n\n".join(parts)
+
+
 def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
     """The figures of ``classification_metrics`` or ``final_metrics`` for a terminal of `width` columns.
 

@@ -20,6 +20,7 @@ from engine.device import Precision
 from engine.losses import make_criterion
 from engine.models import create_model
 from engine.optim import make_optimizer
+from engine.stages import make_freezing
 
 FLOPS_PER_MAC = 2
 PHASES = ("forward", "backward", "optimizer")
@@ -112,7 +113,7 @@ def time_training(
     model: nn.Module, num_classes: int, config: Config, device: torch.device, precision: Precision, *, seconds: float
 ) -> Times:
     """Trains the model on noise for about ``seconds`` after a warm-up, by the same steps as a run."""
-    model.train()
+    make_freezing(model, config)  # and training mode
     optimizer, scaler = make_optimizer(model, config), precision.scaler()
     criterion = make_criterion(config, np.ones(num_classes), device)(config.epochs)
     # as a loader delivers them

@@ -1,17 +1,20 @@
-"""SE-ResNet and ResNet 18, 34, 50, 101 and 152 on torchvision's ResNet, with timm's state-dict keys.
+"""ResNet and ResNeXt with and without SE on torchvision's ResNet, with timm's state-dict keys; and any model of timm.
 
 SE stands after the last BatchNorm of each residual branch, before the addition.
 
-Sources: He et al., "Deep Residual Learning for Image Recognition" (2015); Hu et al., "Squeeze-and-Excitation
-Networks" (2017), section 4; Goyal et al., "Accurate, Large Minibatch SGD" (2017) for the zero-initialised BatchNorm.
+Sources: He et al., "Deep Residual Learning for Image Recognition" (2015); Xie et al., "Aggregated Residual
+Transformations for Deep Neural Networks" (2017) for ResNeXt; Hu et al., "Squeeze-and-Excitation Networks" (2017),
+section 4; Goyal et al., "Accurate, Large Minibatch SGD" (2017) for the zero-initialised BatchNorm.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from torchvision.ops import SqueezeExcitation
 
 from engine.classifier import CosineLinear, DropoutLinear
 from engine.errors import UserError
+from engine.timm_models import PREFIX, classifier_names, create_timm_model, download_timm_weights
 from engine.weights import download_imagenet_weights, read_weights_file
 
 logger = logging.getLogger(__name__)
@@ -65,19 +69,35 @@ def squeeze_excitation(channels: int) -> SqueezeExcitation:
     return SqueezeExcitation(channels, squeeze_channels=max(8, (channels // 16 + 4) // 8 * 8))
 
 
-_DEPTHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
-    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+class _Architecture(NamedTuple):
+    block: type[BasicBlock | Bottleneck]
+    layers: list[int]  # blocks of each stage
+    groups: int = 1
+    width_per_group: int = 64
+
+
+_PLAIN = {
+    "resnet18": _Architecture(BasicBlock, [2, 2, 2, 2]),
+    "resnet34": _Architecture(BasicBlock, [3, 4, 6, 3]),
+    "resnet50": _Architecture(Bottleneck, [3, 4, 6, 3]),
+    "resnet101": _Architecture(Bottleneck, [3, 4, 23, 3]),
+    "resnet152": _Architecture(Bottleneck, [3, 8, 36, 3]),
+    "resnext50_32x4d": _Architecture(Bottleneck, [3, 4, 6, 3], 32, 4),
+    "resnext101_32x8d": _Architecture(Bottleneck, [3, 4, 23, 3], 32, 8),
+    "resnext101_64x4d": _Architecture(Bottleneck, [3, 4, 23, 3], 64, 4),
 }
-_ARCHITECTURES = _DEPTHS | {
-    f"se{name}": (SEBasicBlock if block is BasicBlock else SEBottleneck, layers)
-    for name, (block, layers) in _DEPTHS.items()
-}
+_WITH_SE: dict[type, type[BasicBlock | Bottleneck]] = {BasicBlock: SEBasicBlock, Bottleneck: SEBottleneck}
+_ARCHITECTURES = _PLAIN | {f"se{name}": plain._replace(block=_WITH_SE[plain.block]) for name, plain in _PLAIN.items()}
 
 MODEL_NAMES = tuple(_ARCHITECTURES)
+
+
+class HeadShape(NamedTuple):
+    """Of one head over the pooled features: linear, or linear, ReLU, dropout, linear with ``hidden`` units between."""
+
+    classes: int
+    hidden: int | None = None
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,59 +121,123 @@ def create_model(
     pretrained_path: PathLike | None = None,
     drop: float = 0.0,
     cosine: bool = False,
-) -> ResNet:
-    """Builds `name`, one of MODEL_NAMES: (N, 3, H, W) images to (N, num_classes) logits.
+    heads: Mapping[str, HeadShape] | None = None,
+) -> nn.Module:
+    """Builds `name`, one of MODEL_NAMES or ``timm:NAME``: (N, 3, H, W) images to (N, num_classes) logits.
 
     Initialised as in timm: convolutions by Kaiming's normal fan-out rule, the last BatchNorm weight of each residual
     branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged. Training
     drops each feature before the classifier with probability `drop`; a `cosine` classifier is a
-    `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights.
+    `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights. With `heads` there
+    is no classifier: the model gives {name: (N, classes)}, and has ``heads.NAME.*`` beside the keys of the trunk.
 
     Raises:
         UserError: unknown name, fewer than one class, or weights that cannot be had or do not fit.
     """
-    if name not in _ARCHITECTURES:
-        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODEL_NAMES)}")
+    require_known(name)
     if num_classes < 1:
         raise UserError(f"--num-classes {num_classes}: must be at least 1")
-    block, layers = _ARCHITECTURES[name]
-    model = ResNet(block, layers, num_classes=num_classes, zero_init_residual=True)
-    if cosine:
-        model.fc = CosineLinear(model.fc, drop)
-    elif drop > 0:
-        model.fc = DropoutLinear(model.fc, drop)
+    model: nn.Module
+    if name.startswith(PREFIX):
+        model = create_timm_model(name.removeprefix(PREFIX), num_classes=num_classes, drop=drop)
+        drop = 0.0  # it is timm's now
+    else:
+        model = ResNet(**_ARCHITECTURES[name]._asdict(), num_classes=num_classes, zero_init_residual=True)
+    if heads:
+        _add_heads(model, name, heads)
+    elif cosine or drop > 0:
+        _replace_classifier(model, name, drop, cosine=cosine)
     if pretrained or pretrained_path is not None:
         logger.info("%s", load_pretrained(model, name, pretrained_path))
     return model
 
 
-def seresnet18(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+def require_known(name: str) -> None:
+    """Raises UserError where `name` is no model; of timm's models only that there is a name."""
+    if name not in _ARCHITECTURES and not (name.startswith(PREFIX) and name != PREFIX):
+        raise UserError(f"--model {name}: unknown; choose one of {', '.join(MODEL_NAMES)}, or {PREFIX}NAME")
+
+
+def _replace_classifier(model: nn.Module, name: str, drop: float, *, cosine: bool) -> None:
+    place, *others = classifier_names(model)
+    linear = model.get_submodule(place)
+    if others or not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"--loss ldam needs a model that ends in one linear layer, and {name} does not; use another loss"
+        )
+    parent, _, child = place.rpartition(".")
+    setattr(model.get_submodule(parent), child, (CosineLinear if cosine else DropoutLinear)(linear, drop))
+
+
+def _add_heads(model: nn.Module, name: str, heads: Mapping[str, HeadShape]) -> None:
+    if hasattr(model, "heads"):
+        raise UserError(f"heads: {name} has a part of that name already; use another model")
+    if isinstance(model, ResNet):
+        features = model.fc.in_features
+        model.fc = nn.Identity()
+    else:
+        trunk: Any = model
+        features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+        trunk.reset_classifier(0)
+    model.heads = nn.ModuleDict({head: _head(features, shape) for head, shape in heads.items()})
+    # A hook, so that the trunk keeps its class and its keys, whatever library it is of
+    model.register_forward_hook(_apply_heads)
+
+
+def _head(features: int, shape: HeadShape) -> nn.Sequential:
+    if shape.hidden is None:
+        return nn.Sequential(nn.Dropout(shape.drop), nn.Linear(features, shape.classes))
+    hidden = nn.Linear(features, shape.hidden)
+    return nn.Sequential(hidden, nn.ReLU(), nn.Dropout(shape.drop), nn.Linear(shape.hidden, shape.classes))
+
+
+def _apply_heads(model: nn.Module, args: object, features: Tensor) -> dict[str, Tensor]:
+    heads = model.get_submodule("heads")
+    return {name: head(features) for name, head in heads.named_children()}
+
+
+def seresnet18(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> nn.Module:
     """SE-ResNet-18; arguments and errors of ``create_model``."""
     return create_model("seresnet18", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
 
 
-def seresnet34(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+def seresnet34(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> nn.Module:
     """SE-ResNet-34; arguments and errors of ``create_model``."""
     return create_model("seresnet34", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
 
 
-def seresnet50(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+def seresnet50(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> nn.Module:
     """SE-ResNet-50; arguments and errors of ``create_model``."""
     return create_model("seresnet50", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
 
 
-def seresnet101(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+def seresnet101(
+    num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None
+) -> nn.Module:
     """SE-ResNet-101; arguments and errors of ``create_model``."""
     return create_model("seresnet101", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
 
 
-def seresnet152(num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None) -> ResNet:
+def seresnet152(
+    num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None
+) -> nn.Module:
     """SE-ResNet-152; arguments and errors of ``create_model``."""
     return create_model("seresnet152", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path)
 
 
+def seresnext50_32x4d(
+    num_classes: int = 1000, pretrained: bool = False, pretrained_path: PathLike | None = None
+) -> nn.Module:
+    """SE-ResNeXt-50 of 32 groups of 4 channels; arguments and errors of ``create_model``."""
+    return create_model(
+        "seresnext50_32x4d", num_classes=num_classes, pretrained=pretrained, pretrained_path=pretrained_path
+    )
+
+
 def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -> LoadReport:
-    """Loads weights from `path`, else torchvision's ImageNet ones, into `model` as ``create_model(name, ...)`` made it.
+    """Loads weights from `path` into `model` as ``create_model(name, ...)`` made it.
+
+    Without a `path` it takes torchvision's ImageNet weights, and for ``timm:NAME`` those that timm has for it.
 
     `path` is a file of torchvision, timm or this project (see ``engine.weights.read_weights_file``). The classifier
     stays fresh where the file has none, one of another number of classes, or a linear one for a cosine. A plain
@@ -163,23 +247,24 @@ def load_pretrained(model: nn.Module, name: str, path: PathLike | None = None) -
         UserError: the weights cannot be had, or anything else is missing, unexpected or of another shape; `model` is
             then unchanged.
     """
-    if path is None:
-        plain = name.removeprefix("se")
-        return _load(model, name, download_imagenet_weights(plain), f"torchvision's {plain}")
-    return _load(model, name, read_weights_file(path), str(path))
+    if path is not None:
+        return _load(model, name, read_weights_file(path), str(path))
+    if name.startswith(PREFIX):
+        return _load(
+            model, name, download_timm_weights(name.removeprefix(PREFIX)), f"timm's {name.removeprefix(PREFIX)}"
+        )
+    plain = name.removeprefix("se")
+    return _load(model, name, download_imagenet_weights(plain), f"torchvision's {plain}")
 
 
 def _load(model: nn.Module, name: str, given: StateDict, source: str) -> LoadReport:
-    expected = model.state_dict()
+    expected, last = model.state_dict(), (*classifier_names(model), "heads")
     fresh = []
 
-    classes, given_classes = _classes(expected), _classes(given)
-    if given_classes != classes:
-        fresh.append(f"classifier ({given_classes} classes in the weights, {classes} here)")
-        expected, given = _trunk(expected), _trunk(given)
-    elif "fc.bias" in given and "fc.bias" not in expected:
-        fresh.append("classifier (linear in the weights, cosine here)")
-        expected, given = _trunk(expected), _trunk(given)
+    difference = _other_classifier(given, expected, last[0])
+    if difference is not None:
+        fresh.append(f"classifier ({difference})")
+        expected, given = _trunk(expected, last), _trunk(given, last)
 
     se_keys = {key for key in expected if ".se." in key}
     without_se = bool(se_keys) and se_keys.isdisjoint(given)
@@ -208,13 +293,30 @@ def _open_se_gates(model: nn.Module) -> None:
             nn.init.constant_(parameter, 4.0)
 
 
-def _classes(state: StateDict) -> int:
-    classifier = state.get("fc.weight")
+def _other_classifier(given: StateDict, expected: StateDict, place: str) -> str | None:
+    """Why the classifier of the weights is not that of the model; None: it is, as far as this goes."""
+    heads, given_heads = (
+        {key: tensor.shape for key, tensor in state.items() if key.startswith("heads.")} for state in (expected, given)
+    )
+    if heads and given_heads != heads:
+        return "the weights have other heads, or none"
+    classes, given_classes = (_classes(state, place) for state in (expected, given))
+    if given_classes != classes:
+        return f"{given_classes} classes in the weights, {classes} here"
+    bias = f"{place}.bias"
+    if bias in given and bias not in expected:
+        return "linear in the weights, cosine here"
+    return None
+
+
+def _classes(state: StateDict, place: str) -> int:
+    classifier = state.get(f"{place}.weight")
     return 0 if classifier is None or classifier.dim() == 0 else classifier.shape[0]
 
 
-def _trunk(state: StateDict) -> StateDict:
-    return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+def _trunk(state: StateDict, last: tuple[str, ...] = ("fc", "heads")) -> StateDict:
+    prefixes = tuple(f"{place}." for place in last)
+    return {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
 
 
 def _mismatch(expected: StateDict, given: StateDict) -> str:
@@ -243,7 +345,11 @@ def _way_out(name: str, given: StateDict) -> str:
 
 
 def _lookalike(given: StateDict) -> str | None:
-    for name in MODEL_NAMES:
+    blocks = {match[0] for match in map(re.compile(r"layer\d+\.\d+\.").match, given) if match}
+    layers = [sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4)]
+    for name, architecture in _ARCHITECTURES.items():
+        if architecture.layers != layers:
+            continue
         with torch.device("meta"):
             candidate = create_model(name, num_classes=1)
         if not _mismatch(_trunk(candidate.state_dict()), _trunk(given)):

@@ -10,21 +10,19 @@ from torch import nn
 
 from engine.config import Config
 from engine.errors import UserError
+from engine.stages import stages
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """SGD, Adam or AdamW; biases and norms are not decayed, unless ``config.decay_all``.
 
+    What is frozen is left out, but where it is let go later: until then it has no gradient, and is not stepped.
+
     ``sgd`` has Nesterov's momentum and ``momentum`` the plain one; ``adam`` adds the decay to the gradient and
     ``adamw`` takes it off the weights. These are torch's fused implementations; ``fusedsgd`` (Nesterov's) and
     ``fusedadamw`` are NVIDIA Apex's.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": config.weight_decay if config.decay_all else 0.0},
-    ]
+    groups = _groups(model, config)
     nesterov = config.opt != "momentum" and config.momentum > 0
     sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": nesterov}
     if config.opt in ("sgd", "momentum"):
@@ -45,6 +43,26 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         FusedSGD(groups, **sgd) if config.opt == "fusedsgd" else FusedAdam(groups, lr=config.lr, adam_w_mode=True)
     )
     return optimizer
+
+
+def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Of each stage its own where its learning rate is one, or its first step (fused SGD begins a group at once)."""
+    parameters = dict(model.named_parameters())
+    by_stage = config.layer_decay < 1 or config.unfreeze_epochs is not None
+    parts = stages(model) if by_stage else [list(parameters)]
+    groups = []
+    for above, names in enumerate(reversed(parts)):
+        part = [parameters[name] for name in names]
+        trained = [p for p in part if p.requires_grad]
+        later = [p for p in part if not p.requires_grad] if config.unfreeze_epochs is not None else []
+        for members in (trained, later):
+            decayed = [p for p in members if p.dim() > 1]
+            others = [p for p in members if p.dim() <= 1]
+            lr = config.lr * config.layer_decay**above
+            decay = config.weight_decay
+            groups.append({"params": decayed, "lr": lr, "weight_decay": decay})
+            groups.append({"params": others, "lr": lr, "weight_decay": decay if config.decay_all else 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def make_schedule(

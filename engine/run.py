@@ -87,12 +87,14 @@ class RunDirectory:
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
-    def write_predictions(self, predictions: Predictions) -> None:
-        write_predictions(self.path / "predictions.csv", predictions)
+    def write_predictions(self, predictions: Predictions, head: str | None = None) -> None:
+        write_predictions(self.path / ("predictions.csv" if head is None else f"predictions_{head}.csv"), predictions)
 
     def write_pictures(self, history: list[Row], metrics: dict[str, Any]) -> None:
         save_curves(history, self.path / "curves.png")
         save_confusion_matrix(metrics, self.path / "confusion_matrix.png")
+        for head, of_head in metrics.get("heads", {}).items():
+            save_confusion_matrix(of_head, self.path / f"confusion_matrix_{head}.png")
 
     def close(self) -> None:
         if self._events is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.data import Loader
 from engine.device import Precision
 from engine.errors import UserError
+from engine.heads import NO_LABEL, Heads
 from engine.intervals import bootstrap_intervals
 from engine.metrics import ClassificationMetrics, checked_samples, classification_metrics, probability_figures
 from engine.operating_points import operating_points
@@ -32,12 +33,15 @@ class Scored:
         class_names: the names of labels 0, 1, ...
         logits: (n, classes) float64, finite, on the CPU.
         labels: (n,) int64, the truth.
+        heads: of a model with heads the same of each one, on the images that count there; the rest is then what they
+            say together, end to end (`Heads.ends`).
     """
 
     files: tuple[str, ...]
     class_names: tuple[str, ...]
     logits: Tensor
     labels: Tensor
+    heads: Mapping[str, Scored] = field(default_factory=dict)
 
     def predictions(self, folder: Path) -> Predictions:
         """For ``predictions.csv``, with names relative to ``folder``."""
@@ -45,8 +49,17 @@ class Scored:
         return Predictions(names, self.class_names, self.labels, self.logits.argmax(dim=1), self.logits.softmax(dim=1))
 
 
-def score(model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
-    """The metrics of `engine.metrics` over one pass of the loader. Raises UserError where a logit is not finite."""
+def score(
+    model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision, heads: Heads | None = None
+) -> dict[str, Any]:
+    """The metrics of `engine.metrics` over one pass of the loader. Raises UserError where a logit is not finite.
+
+    With ``heads`` they are end to end, and under "heads" stand those of each one.
+    """
+    if heads is not None:
+        scored = score_heads(model, loader, heads, precision)
+        of_head = {name: _metrics(own) for name, own in scored.heads.items()}
+        return {**_metrics(scored), "heads": of_head}
     try:
         return _pass(model, loader, class_names, precision, "none").compute()
     except ValueError as error:
@@ -76,8 +89,59 @@ def score_images(
     return Scored(tuple(loader.data.files[i] for i in kept), class_names, logits, labels)
 
 
+def score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
+    """As `score_images`, of a model with heads and a loader by index; a head for which no image counts is left out.
+
+    Raises UserError where a logit is not finite, or the truth end to end is not known of any image.
+    """
+    model.eval()
+    batches: list[Mapping[str, Tensor]] = []
+    shown: list[Tensor] = []
+    with torch.inference_mode():
+        for images, indices in loader.epoch(0):
+            with precision.autocast():
+                batches.append({name: logits.float() for name, logits in model(images).items()})
+            shown.append(indices.clone())
+    indices = torch.cat(shown).cpu()
+    logits = {name: torch.cat([batch[name] for batch in batches]).cpu().double() for name in heads.tasks}
+    labels = {name: torch.from_numpy(own)[indices] for name, own in heads.labels(loader.data).items()}
+    files = [loader.data.files[i] for i in indices.tolist()]
+
+    ends = heads.ends()
+    truth = torch.full_like(indices, NO_LABEL)
+    for end, path in enumerate(ends.values()):
+        truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
+    of_head = {
+        name: _counted(files, task.class_names, logits[name], labels[name])
+        for name, task in heads.tasks.items()
+        if (labels[name] != NO_LABEL).any()
+    }
+    return replace(_counted(files, tuple(ends), heads.together(logits), truth), heads=of_head)
+
+
+def _counted(files: Sequence[str], class_names: tuple[str, ...], logits: Tensor, labels: Tensor) -> Scored:
+    counts = labels != NO_LABEL
+    if not counts.any():
+        raise UserError(f"cannot score: of no image it is known which of {', '.join(class_names)} it is; label some")
+    try:
+        logits, labels = checked_samples(logits[counts], labels[counts], len(class_names))
+    except ValueError as error:
+        raise _cannot_score(error) from error
+    return Scored(tuple(files[i] for i in counts.nonzero().flatten().tolist()), class_names, logits, labels)
+
+
+def _metrics(scored: Scored) -> dict[str, Any]:
+    return classification_metrics(scored.logits, scored.labels, scored.class_names)
+
+
 def final_metrics(
-    scored: Scored, validation: Scored | None, *, split: str, temperature: float | None, sensitivities: Sequence[float]
+    scored: Scored,
+    validation: Scored | None,
+    *,
+    split: str,
+    temperature: float | None,
+    sensitivities: Sequence[float],
+    head_temperatures: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """What metrics.json holds beside where it comes from: `classification_metrics`, and
 
@@ -86,8 +150,9 @@ def final_metrics(
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
       ``split`` is "validation", tried on the same images.
+    - ``heads``: of a model with heads the same of each one, at the temperature of its own.
     """
-    metrics = classification_metrics(scored.logits, scored.labels, scored.class_names)
+    metrics = _metrics(scored)
     metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
     metrics["temperature"] = temperature
     if temperature is not None and split != "validation":
@@ -100,6 +165,17 @@ def final_metrics(
             sensitivities,
             metrics.get("positive_class"),
         )
+    if scored.heads:
+        metrics["heads"] = {
+            name: final_metrics(
+                own,
+                validation and validation.heads.get(name),
+                split=split,
+                temperature=(head_temperatures or {}).get(name),
+                sensitivities=sensitivities,
+            )
+            for name, own in scored.heads.items()
+        }
     return metrics
 
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
 from engine.ema import ModelEma
 from engine.errors import UserError
+from engine.heads import Heads, checked_heads, make_joint_criterion
 from engine.losses import make_criterion, sum_of_squares, twice_corrected
-from engine.metric_report import format_report
-from engine.metrics import check_metric_name, metric_is_better
+from engine.metric_report import format_reports
+from engine.metrics import metric_is_better
 from engine.mixing import Mixing
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
-from engine.scoring import final_metrics, score, score_images
+from engine.scoring import Scored, final_metrics, score, score_heads, score_images
+from engine.stages import Freezing, frozen_at_random, make_freezing
 
 
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
     ema: ModelEma | None = None
+    freezing: Freezing = dataclasses.field(default_factory=Freezing)
 
     @property
     def scored(self) -> nn.Module:
@@ -89,8 +93,12 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
-    criterion_of = make_criterion(config, splits.train.class_counts(), device)
-    training, train_loader = _build(config, splits, device, precision, starts_fresh=not resume)
+    heads = checked_heads(config, splits)
+    if heads is None:
+        criterion_of: Callable[[int], nn.Module] = make_criterion(config, splits.train.class_counts(), device)
+    else:
+        criterion_of = make_joint_criterion(config, heads, splits.train, device)
+    training, train_loader = _build(config, splits, heads, device, precision, starts_fresh=not resume)
     mixing = _mixing(config, len(splits.train.class_names))
     history: list[Row] = []
     best: Row | None = None
@@ -111,21 +119,21 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
                 f"the loss became {stats['train_loss']} in epoch {epoch}; lower --lr, set --clip-grad or use "
                 f"--amp-dtype bfloat16. {run_dir.path} keeps the epochs before"
             )
-        metrics = score(training.scored, val_loader, splits.train.class_names, precision)
+        metrics = score(training.scored, val_loader, splits.train.class_names, precision, heads)
         row = {"epoch": epoch, **stats, **{f"val_{name}": value for name, value in _scalars(metrics).items()}}
         history.append(row)
         improved = best is None or _is_better(row, best, config.eval_metric)
         if best is None or improved:
             best = row
         _write_draws(run_dir, epoch, splits.train, train_loader)
-        _save(run_dir, config, splits, training, history, best, improved)
+        _save(run_dir, config, splits, heads, training, history, best, improved)
         print(_epoch_line(row, config, improved))
 
-    metrics = _final_score(run_dir, config, splits, training.model, val_loader, device, precision)
+    metrics = _final_score(run_dir, config, splits, heads, training.model, val_loader, device, precision)
     run_dir.write_metrics(metrics)
     run_dir.write_pictures(history, metrics)
     run_dir.close()
-    print(f"\n{metrics['split']} images, weights of epoch {metrics['epoch']}:\n\n{format_report(metrics)}")
+    print(f"\n{metrics['split']} images, weights of epoch {metrics['epoch']}:\n\n{format_reports(metrics)}")
     print(f"\nwritten to {run_dir.path}")
     return metrics
 
@@ -140,7 +148,7 @@ def train_epoch(
     mixing: Mixing | None = None,
 ) -> Row:
     """One pass over the loader. Inside the loop the host never waits for the device."""
-    model, optimizer, scaler = training.model.train(), training.optimizer, training.scaler
+    model, optimizer, scaler = training.freezing.train(training.model, epoch), training.optimizer, training.scaler
     loss_sum: Tensor | None = None
     images_seen, waited, began = 0, 0.0, time.perf_counter()
     # dropout draws from torch's own generators, whose state no checkpoint keeps
@@ -208,16 +216,22 @@ def _checked_data(config: Config) -> Splits:
     print(splits.description)
     for file in bad:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
-    if warning := twice_corrected(config):
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in (twice_corrected(config), frozen_at_random(config)):
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     return splits
 
 
 def _build(
-    config: Config, splits: Splits, device: torch.device, precision: Precision, *, starts_fresh: bool
+    config: Config,
+    splits: Splits,
+    heads: Heads | None,
+    device: torch.device,
+    precision: Precision,
+    *,
+    starts_fresh: bool,
 ) -> tuple[Training, Loader]:
-    check_metric_name(config.eval_metric, len(splits.train.class_names))
-    model = build_model(config, len(splits.train.class_names), device, starts_fresh=starts_fresh)
+    model = build_model(config, len(splits.train.class_names), device, starts_fresh=starts_fresh, heads=heads)
     loader = make_train_loader(
         splits.train,
         config,
@@ -226,21 +240,26 @@ def _build(
         sampler=make_sampler(splits.train, config),
         augmentation=make_augmentation(config),
     )
+    freezing = make_freezing(model, config)
     optimizer = make_optimizer(model, config)
     steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
     schedule = make_schedule(optimizer, config, steps_per_epoch)
     ema = ModelEma(model, config.model_ema_decay, warmup=config.model_ema_warmup) if config.model_ema else None
-    return Training(model, optimizer, schedule, precision.scaler(), ema), loader
+    return Training(model, optimizer, schedule, precision.scaler(), ema, freezing), loader
 
 
 def _scalars(metrics: dict[str, Any]) -> Row:
-    return {name: value for name, value in metrics.items() if value is None or isinstance(value, float | int)}
+    """The single figures, those of a head as HEAD.NAME."""
+    row = {name: value for name, value in metrics.items() if value is None or isinstance(value, float | int)}
+    for head, of_head in metrics.get("heads", {}).items():
+        row |= {f"{head}.{name}": value for name, value in _scalars(of_head).items()}
+    return row
 
 
 def _is_better(row: Row, best: Row, metric: str) -> bool:
     """By the metric; between equals, which a small validation split makes common, by its loss."""
     new, old = row[f"val_{metric}"], best[f"val_{metric}"]
-    return metric_is_better(metric, new, old) or (new == old and row["val_loss"] < best["val_loss"])
+    return metric_is_better(metric.rpartition(".")[2], new, old) or (new == old and row["val_loss"] < best["val_loss"])
 
 
 def _has_stopped_early(config: Config, history: list[Row], best: Row | None) -> bool:
@@ -253,6 +272,7 @@ def _save(
     run_dir: RunDirectory,
     config: Config,
     splits: Splits,
+    heads: Heads | None,
     training: Training,
     history: list[Row],
     best: Row,
@@ -265,6 +285,8 @@ def _save(
         "class_names": list(splits.train.class_names),
         "epoch": history[-1]["epoch"],
     }
+    if heads is not None:
+        about["heads"] = heads.class_names()
     weights = {"model": state["model"], **about}
     if improved:
         save_checkpoint(run_dir.best, weights)
@@ -290,7 +312,9 @@ def _fingerprint(splits: Splits) -> dict[str, str]:
 
     def digest(samples: Samples) -> str:
         names = [Path(file).name for file in samples.files]
-        return hashlib.sha256(repr((samples.class_names, names, samples.labels.tolist())).encode()).hexdigest()
+        told: list[Any] = [samples.class_names, names, samples.labels.tolist()]
+        told += [(name, head.class_names, head.labels.tolist()) for name, head in samples.heads.items()]
+        return hashlib.sha256(repr(tuple(told)).encode()).hexdigest()
 
     return {"train": digest(splits.train), "val": digest(splits.val)}
 
@@ -319,6 +343,7 @@ def _final_score(
     run_dir: RunDirectory,
     config: Config,
     splits: Splits,
+    heads: Heads | None,
     model: nn.Module,
     val_loader: Loader,
     device: torch.device,
@@ -330,16 +355,32 @@ def _final_score(
     """
     best = load_checkpoint(run_dir.best)
     model.load_state_dict(best["model"])
-    class_names = splits.train.class_names
-    validation = score_images(model, val_loader, class_names, precision)
+
+    def scored_images(loader: Loader) -> Scored:
+        if heads is not None:
+            return score_heads(model, loader, heads, precision)
+        return score_images(model, loader, splits.train.class_names, precision)
+
+    validation = scored_images(val_loader)
     temperature = fit_temperature(validation.logits, validation.labels)
-    save_checkpoint(run_dir.best, {**best, "temperature": temperature})
+    of_heads = {name: fit_temperature(own.logits, own.labels) for name, own in validation.heads.items()}
+    save_checkpoint(run_dir.best, {**best, "temperature": temperature, "head_temperatures": of_heads})
     split, scored = "validation", validation
     if splits.test is not None:
         test_loader = make_eval_loader(splits.test, config, device, precision)
-        split, scored = "test", score_images(model, test_loader, class_names, precision)
-    run_dir.write_predictions(scored.predictions(data_folder(config.data_dir, config.test_csv or config.csv)))
-    metrics = final_metrics(scored, validation, split=split, temperature=temperature, sensitivities=config.sensitivity)
+        split, scored = "test", scored_images(test_loader)
+    folder = data_folder(config.data_dir, config.test_csv or config.csv)
+    run_dir.write_predictions(scored.predictions(folder))
+    for head, of_head in scored.heads.items():
+        run_dir.write_predictions(of_head.predictions(folder), head)
+    metrics = final_metrics(
+        scored,
+        validation,
+        split=split,
+        temperature=temperature,
+        sensitivities=config.sensitivity,
+        head_temperatures=of_heads,
+    )
     return {"split": split, "epoch": best["epoch"], **metrics}
 
 

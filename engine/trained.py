@@ -15,6 +15,7 @@ from engine.checkpoint import load_checkpoint
 from engine.config import Config, require_fused
 from engine.data import DATA_BACKENDS
 from engine.errors import UserError
+from engine.heads import Heads, restore_heads
 from engine.run import RunDirectory
 
 
@@ -58,9 +59,15 @@ def read_trained(name: str, epoch: int | None = None) -> tuple[dict[str, Any], C
     return checkpoint, Config.from_mapping(checkpoint["args"], str(path))
 
 
+def heads_of(checkpoint: dict[str, Any], config: Config) -> Heads | None:
+    """The heads of the checkpoint's model; None: it has one classifier."""
+    return restore_heads(config, checkpoint.get("heads", {}))
+
+
 def restore_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
     """The checkpoint's model on ``device``, fused where ``config`` says so, in evaluation mode."""
-    model = build_model(config, len(checkpoint["class_names"]), device, starts_fresh=False)
+    classes, heads = len(checkpoint["class_names"]), heads_of(checkpoint, config)
+    model = build_model(config, classes, device, starts_fresh=False, heads=heads)
     model.load_state_dict(checkpoint["model"])
     return model.eval()
 

@@ -25,6 +25,9 @@ _TORCHVISION_WEIGHTS = {
     "resnet50": "ResNet50_Weights.IMAGENET1K_V2",
     "resnet101": "ResNet101_Weights.IMAGENET1K_V2",
     "resnet152": "ResNet152_Weights.IMAGENET1K_V2",
+    "resnext50_32x4d": "ResNeXt50_32X4D_Weights.IMAGENET1K_V2",
+    "resnext101_32x8d": "ResNeXt101_32X8D_Weights.IMAGENET1K_V2",
+    "resnext101_64x4d": "ResNeXt101_64X4D_Weights.IMAGENET1K_V1",
 }
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -67,7 +70,7 @@ def read_weights_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def download_imagenet_weights(name: str) -> dict[str, Tensor]:
-    """Torchvision's ImageNet-1k state dict for the plain ResNet `name` ("resnet18" to "resnet152"), on the CPU.
+    """Torchvision's ImageNet-1k state dict for `name`, a ResNet or ResNeXt without SE, on the CPU.
 
     Kept in torch's hub cache; the file's hash is checked after a download.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from urllib.error import URLError
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import models, weights
+from engine.classifier import CosineLinear
 from engine.config import Config
 from engine.errors import UserError
 from engine.fusion import fuse
@@ -69,8 +71,10 @@ def test_plain_models_have_torchvisions_keys_and_shapes(name):
     assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize("name", SE_NAMES)
-def test_each_model_has_its_own_function(name):
+@pytest.mark.parametrize(
+    "name", ["seresnet18", "seresnet34", "seresnet50", "seresnet101", "seresnet152", "seresnext50_32x4d"]
+)
+def test_models_with_a_function_of_their_own(name):
     with torch.device("meta"):
         assert shapes(getattr(models, name)(num_classes=7)) == shapes(create_model(name, num_classes=7))
 
@@ -273,9 +277,8 @@ def test_weights_of_another_model_are_named(file_model, wanted, way_out, tmp_pat
             lambda s: s.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}),
             r"wrong shape: conv1\.weight \(64, 1, 7, 7\) instead of \(64, 3, 7, 7\)\)",
         ),
-        (lambda s: s.pop("fc.bias"), r"missing: fc\.bias\)"),
     ],
-    ids=["missing", "part of SE missing", "unexpected", "wrong shape", "half a classifier"],
+    ids=["missing", "part of SE missing", "unexpected", "wrong shape"],
 )
 def test_a_state_dict_that_almost_fits_is_refused(damage, message, tmp_path):
     state = create_model("seresnet18", num_classes=3).state_dict()
@@ -375,7 +378,7 @@ def test_pretrained_takes_torchvisions_own_weights(monkeypatch, torchvision_resn
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("name", [name for name in MODEL_NAMES if not name.startswith("se")])
 def test_every_plain_model_has_downloadable_weights(name, monkeypatch):
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self, **_: {"url": self.url})
     assert f"/{name}-" in weights.download_imagenet_weights(name)["url"]
@@ -389,3 +392,56 @@ def test_a_failing_download_points_to_pretrained_path(failure, monkeypatch):
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
     with pytest.raises(UserError, match=r"resnet34-.*\.pth .*--pretrained-path"):
         create_model("seresnet34", num_classes=3, pretrained=True)
+
+
+def test_a_resnext_is_fused_whole():
+    assert fuse(create_model("seresnext50_32x4d", num_classes=3), Config()) == "17 tails fused, 16 of them with SE"
+
+
+TIMM = "timm:resnet10t"
+
+
+def test_timms_models_train_fused_from_weights_of_timm(tmp_path, monkeypatch):
+    """A classifier of other size is fresh; a file and timm's download do the same."""
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t", num_classes=5)
+    torch.save(source.state_dict(), tmp_path / "timm.pth")
+    built = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, pretrained=False, **o: source if pretrained else built(*args, **o)
+    )
+    for options in ({"pretrained_path": tmp_path / "timm.pth"}, {"pretrained": True}):
+        model = create_model(TIMM, num_classes=3, drop=0.25, **options).double()
+        assert shapes(model) == shapes(built("resnet10t", num_classes=3))
+        assert model.drop_rate == 0.25
+        assert torch.equal(model.layer4[0].conv2.weight, source.layer4[0].conv2.weight.double())
+    with_lively_batchnorm(model).eval()
+    expected = model(images().double())
+    assert fuse(model, Config(model=TIMM)) == "7 tails fused, 0 of them with SE"
+    torch.testing.assert_close(model(images().double()), expected)
+
+
+def test_a_cosine_classifier_takes_the_place_of_timms():
+    with torch.device("meta"):
+        model = create_model("timm:regnetx_002", num_classes=3, cosine=True)
+        assert type(model.head.fc) is CosineLinear
+        with pytest.raises(UserError, match="one linear layer"):
+            create_model("timm:resnetv2_50", num_classes=3, cosine=True)
+
+
+def test_what_timm_cannot_give_is_said(monkeypatch):
+    with pytest.raises(UserError, match=r"--model timm:resnet51: timm .* has no such model; near it are .*resnet50"):
+        create_model("timm:resnet51", num_classes=3)
+    with pytest.raises(UserError, match=r"--model timm:: unknown; choose one of .*, or timm:NAME"):
+        Config(model="timm:")
+
+    def fail(*args, **options):
+        raise RuntimeError("No pretrained weights exist for resnet10t")
+
+    model = create_model(TIMM, num_classes=3)
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match=r"--pretrained: .*\(No pretrained weights exist.*--pretrained-path"):
+        load_pretrained(model, TIMM)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"needs timm, which is not installed .*pip install timm"):
+        create_model(TIMM, num_classes=3)

@@ -118,7 +118,7 @@ class DaliLoader(Loader):
         if failures:
             self._unreadable[batch] = failures
         values = dali_steps.values(planned, self.img_size)
-        return *images, self.data.labels[planned.indices], *(values[name] for name in self._inputs())
+        return *images, self.targets[planned.indices], *(values[name] for name in self._inputs())
 
     def _inputs(self) -> dict[str, tuple[str, int]]:
         """What the pipeline is fed beside images and labels; see `dali_steps`."""

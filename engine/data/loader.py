@@ -37,8 +37,9 @@ class Loader(ABC):
     """Batches of images and labels, epoch by epoch.
 
     Images are (B, 3, img_size, img_size) of ``dtype`` in ``torch.channels_last`` strides, normalised by ``mean`` and
-    ``std`` (of RGB in [0, 1]); labels are (B,) int64. Both stand on ``device``; a batch stays valid for as long as it
-    is held. On a GPU they are ready on the stream that was current when they were asked for.
+    ``std`` (of RGB in [0, 1]); labels are (B,) int64, and with ``by_index`` the images' indices into ``samples`` are in
+    their place. Both stand on ``device``; a batch stays valid for as long as it is held. On a GPU they are ready on the
+    stream that was current when they were asked for.
 
     Training draws an epoch from ``sampler``, augments and drops the last batch if it is partial and not the only one.
     Evaluation gives every image once, in order.
@@ -58,6 +59,7 @@ class Loader(ABC):
             stretched to a square.
         max_bad_fraction: the largest share of the images that may be left out while iterating.
         workers: threads or processes that read and decode.
+        by_index: see above, for who has other labels than those of ``samples``.
 
     Raises:
         UserError: what the pipeline stands on is not installed; while iterating, too many images cannot be decoded, or
@@ -81,6 +83,7 @@ class Loader(ABC):
         workers: int = 4,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        by_index: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f"dtype must be torch.float32 or torch.float16, not {dtype}")
@@ -89,6 +92,7 @@ class Loader(ABC):
         if batch_size < 1 or img_size < 1 or workers < 1:
             raise ValueError(f"batch_size {batch_size}, img_size {img_size} and workers {workers} must be at least 1")
         self.data = samples
+        self.targets = np.arange(len(samples)) if by_index else samples.labels
         self.batch_size = batch_size
         self.img_size = img_size
         self.device = device

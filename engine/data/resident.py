@@ -117,7 +117,7 @@ class ResidentLoader(Loader):
         drawn = {} if planned.drawn is None else vars(planned.drawn)
         # what is not drawn is neutral, so that these say nothing new
         changes = {name: value for name, value in drawn.items() if name not in ("boxes", "warped", "jittered")}
-        labels = np.asarray(self.data.labels[planned.indices], dtype=np.int64)
+        labels = np.asarray(self.targets[planned.indices], dtype=np.int64)
         return [torch.from_numpy(planned.indices), torch.from_numpy(labels), pack_edits(n, boxes=boxes, **changes)]
 
     def _prepare(self, numbers: list[Tensor]) -> Batch:

@@ -111,7 +111,8 @@ class _Batches(Dataset[Any]):
     """A planned batch -> images (B, img_size, img_size, 3) and labels (B,), in a worker process."""
 
     def __init__(self, loader: Loader) -> None:
-        self.data, self.img_size, self.dtype = loader.data, loader.img_size, loader.dtype
+        self.data, self.targets = loader.data, loader.targets
+        self.img_size, self.dtype = loader.img_size, loader.dtype
         self.mean, self.std = loader.mean, loader.std
 
     def __getitem__(self, planned: Planned) -> tuple[Tensor, Tensor] | Failure:
@@ -127,4 +128,4 @@ class _Batches(Dataset[Any]):
             images[i] = prepare(pixels, self.img_size, box, planned.drawn, i, mean=self.mean, std=self.std).permute(
                 1, 2, 0
             )
-        return images, torch.from_numpy(np.asarray(self.data.labels[planned.indices]))
+        return images, torch.from_numpy(np.asarray(self.targets[planned.indices]))

@@ -1,0 +1,318 @@
+"""Models with several named heads: their labels, loss, network and scores, and a run from end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from sklearn.metrics import f1_score, recall_score
+from torch import nn
+
+from engine import evaluate, predict, train
+from engine.build import open_data
+from engine.checkpoint import load_checkpoint
+from engine.cli import run
+from engine.config import Config, read_recipe
+from engine.data import DATA_BACKENDS, Samples, make_loader
+from engine.data.samples import Head
+from engine.data.torchvision_loader import _Batches
+from engine.errors import UserError
+from engine.fusion import fuse
+from engine.head_specs import plain_specs, read_head_specs
+from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
+from engine.models import HeadShape, create_model, load_pretrained
+from engine.predictions import read_predictions
+from engine.run import RunDirectory
+from tests.image_folders import write_image
+from tests.test_train_step import HostReads
+
+CPU = torch.device("cpu")
+TREE = {
+    "diagnosis": {"classes": {"benign": ["Benign"], "malignant": ["Early", "Pre", "Pro"]}, "hidden": 16, "drop": 0.5},
+    "subtype": {
+        "classes": {"Early": "Early", "Pre": "Pre", "Pro": "Pro"},
+        "when": {"diagnosis": "malignant"},
+        "weight": 0.5,
+    },
+}
+CLASSES = ("Benign", "Early", "Pre", "Pro")
+FOLDERS = {  # as published
+    "Benign": (40, 200, 60),
+    "[Malignant] Pre-B": (30, 60, 220),
+    "[Malignant] Pro-B": (200, 180, 30),
+    "[Malignant] early Pre-B": (220, 50, 40),
+}
+
+
+def samples(labels: list[int], **columns: Head) -> Samples:
+    return Samples(tuple(f"{i}.png" for i in range(len(labels))), np.array(labels), CLASSES, heads=columns)
+
+
+def test_labels_are_looked_up_merged_and_left_out_by_condition():
+    stain = Head(("weak", "strong"), np.array([0, -1, 1, 1, -1]))
+    specs = TREE | {"stain": {"column": "label_stain", "when": {"subtype": "Pre"}}}
+    images = samples([0, 1, 2, 2, 3], stain=stain)
+    heads = open_heads(Config(heads=specs), images)
+    labels = {name: own.tolist() for name, own in heads.labels(images).items()}
+    assert labels == {"diagnosis": [0, 1, 1, 1, 1], "subtype": [-1, 0, 1, 1, 2], "stain": [-1, -1, 1, 1, -1]}
+    assert list(heads.ends()) == ["benign", "Early", "weak", "strong", "Pro"]
+    assert heads.ends()["strong"] == (("diagnosis", 1), ("subtype", 1), ("stain", 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({"smoothing": 0.1}, {"class_weights": "balanced"}, {"loss": "logit-adjustment"}),
+    ids=("smoothing", "weights", "logit adjustment"),
+)
+def test_the_joint_loss_is_the_weighted_sum_of_means_over_the_images_that_count(options):
+    images = samples([0, 0, 0, 1, 2, 2, 3])
+    config = Config(heads=TREE, **options)
+    heads = open_heads(config, images)
+    loss = make_joint_criterion(config, heads, images, CPU)(0)
+    generator = torch.Generator().manual_seed(0)
+    logits = {name: torch.randn(5, shape.classes, generator=generator) for name, shape in heads.shapes().items()}
+    indices = torch.tensor([0, 4, 6, 1, 5])  # of which three are malignant
+    expected = torch.tensor(0.0)
+    for name, factor, rows, labels in (
+        ("diagnosis", 1.0, [0, 1, 2, 3, 4], [0, 1, 1, 0, 1]),
+        ("subtype", 0.5, [1, 2, 4], [1, 2, 1]),
+    ):
+        counts = torch.tensor([3.0, 4.0] if name == "diagnosis" else [1.0, 2.0, 1.0])
+        own, target = logits[name][rows], torch.tensor(labels)
+        if "loss" in options:
+            own = own + (counts / counts.sum()).log()
+        weight = counts.sum() / (len(counts) * counts) if "class_weights" in options else None
+        smoothing = 0.0 if "loss" in options else options.get("smoothing", 0.1)
+        expected += factor * F.cross_entropy(own, target, weight, label_smoothing=smoothing)
+    with HostReads() as reads:
+        got = loss(logits, indices)
+    torch.testing.assert_close(got, expected)
+    assert reads.count == 0
+
+
+def test_a_batch_in_which_nothing_counts_for_a_head_leaves_it_alone():
+    criterion = nn.CrossEntropyLoss(torch.ones(3), label_smoothing=0.1)
+    loss = JointLoss({"a": criterion}, {"a": 1.0}, torch.tensor([[-1], [1]]))
+    logits = torch.zeros(2, 3, requires_grad=True)
+    loss({"a": logits}, torch.tensor([0, 0])).backward()
+    assert not logits.grad.any()
+    loss({"a": logits}, torch.tensor([0, 1])).backward()
+    assert not logits.grad[0].any()
+    assert logits.grad[1].isfinite().all()
+    assert logits.grad[1].any()
+
+
+SHAPES = {"diagnosis": HeadShape(2, 16, 0.5), "subtype": HeadShape(3)}
+
+
+@pytest.mark.parametrize("name", ("seresnet18", "timm:resnet18"))
+def test_a_network_with_heads_keeps_the_keys_of_its_trunk_fused_and_pretrained(name, tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model(name.removeprefix("timm:"), num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "timm.pth")
+    model = create_model(name, num_classes=4, heads=SHAPES)
+    report = load_pretrained(model, name, tmp_path / "timm.pth")
+    assert "classifier" in report.fresh[0]
+    trunk = {key: t for key, t in source.state_dict().items() if not key.startswith("fc.")}
+    state = model.state_dict()
+    assert state.keys() - trunk.keys() == {
+        *(f"heads.diagnosis.{layer}.{what}" for layer in (0, 3) for what in ("weight", "bias")),
+        *(f"heads.subtype.1.{what}" for what in ("weight", "bias")),
+    }
+    assert all(torch.equal(state[key], t) for key, t in trunk.items())
+    assert state["heads.diagnosis.0.weight"].shape == (16, 512)
+
+    images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    expected = model.eval()(images)
+    assert {head: tuple(logits.shape) for head, logits in expected.items()} == {"diagnosis": (2, 2), "subtype": (2, 3)}
+    fuse(model, Config(model=name))
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    torch.save(state, tmp_path / "heads.pth")
+    again = create_model(name, num_classes=4, heads=SHAPES)
+    assert load_pretrained(again, name, tmp_path / "heads.pth").fresh == ()
+    torch.testing.assert_close(again.eval()(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("smears")
+    for label, (name, colour) in enumerate(FOLDERS.items()):
+        for i in range(8):
+            write_image(root / "train" / name / f"{i}.png", colour, seed=100 * label + i)
+        for i in range(4):
+            write_image(root / "test" / name / f"{i}.png", colour, seed=100 * label + 50 + i)
+    return root
+
+
+@pytest.mark.parametrize("backend", DATA_BACKENDS)
+def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
+    files = sorted((folder / "test").rglob("*.png"))[:6]
+    images = Samples(tuple(map(str, files)), np.array([0, 1] * 3), ("a", "b"))
+    options = {"batch_size": 4, "img_size": 8, "device": CPU, "dtype": torch.float32, "training": False, "workers": 1}
+    loader = make_loader(backend, images, by_index=True, **options)
+    if backend == "torchvision":  # here, and not in a worker, which takes seconds to start
+        batches = [_Batches(loader)[loader.planned(loader.order(0), 0, batch)] for batch in range(2)]
+    else:
+        batches = list(loader.epoch(0))
+    assert [indices.tolist() for _, indices in batches] == [[0, 1, 2, 3], [4, 5]]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory) -> Path:
+    """Two epochs by the recipe on a small network, of which the second one after an interruption."""
+    output = tmp_path_factory.mktemp("runs") / "heads"
+    small = ("--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8", "-j", "1")
+    short = ("--epochs", "2", "--warmup-epochs", "0", "--model-ema", "--model-ema-warmup", "--fused-se")
+    flags = (*small, *short, "--eval-metric", "subtype.loss")
+    argv = ["--recipe", "leukemia-multitask", "--data-dir", str(folder), *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        write = RunDirectory.write_history
+
+        def written_and_interrupted(*args):
+            write(*args)
+            raise KeyboardInterrupt
+
+        patch.setattr(RunDirectory, "write_history", written_and_interrupted)
+        assert run(train.main, [*argv, "--output", str(output)]) == 130
+    assert run(train.main, ["--resume", str(output)]) == 0
+    return output
+
+
+def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    subtypes = ("Pre-B", "Pro-B", "early Pre-B")
+    classes = {None: ("benign", *subtypes), "diagnosis": ("benign", "malignant"), "subtype": subtypes}
+    for head, names in classes.items():
+        figures = metrics if head is None else metrics["heads"][head]
+        told = read_predictions(finished / ("predictions.csv" if head is None else f"predictions_{head}.csv"))
+        assert told.class_names == names
+        assert len(told.files) == (12 if head == "subtype" else 16)
+        truth, predicted = told.labels.numpy(), told.predictions.numpy()
+        assert figures["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+        recall = recall_score(truth, predicted, average=None, labels=range(len(names)), zero_division=0)
+        assert [figures["per_class"][name]["recall"] for name in names] == pytest.approx(list(recall))
+    assert metrics["heads"]["diagnosis"]["positive_class"] == "malignant"
+
+
+def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_images(finished, folder, tmp_path):
+    expected = json.loads((finished / "metrics.json").read_text())
+    predictions, output = tmp_path / "of.csv", tmp_path / "metrics.json"
+    assert run(evaluate.main, [str(finished), "--output", str(output), "--predictions", str(predictions)]) == 0
+    assert {"tta": "none", **expected} == json.loads(output.read_text())
+    for name in ("", "_diagnosis", "_subtype"):
+        assert (tmp_path / f"of{name}.csv").read_text() == (finished / f"predictions{name}.csv").read_text()
+
+    benign = sorted((folder / "test" / "Benign").iterdir())
+    (tmp_path / "benign.csv").write_text("filename,label\n" + "".join(f"{file},Benign\n" for file in benign))
+    argv = [str(finished), "--csv", str(tmp_path / "benign.csv"), "--output", str(tmp_path / "benign.json")]
+    assert run(evaluate.main, argv) == 0
+    assert list(json.loads((tmp_path / "benign.json").read_text())["heads"]) == ["diagnosis"]
+
+
+def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
+    output = tmp_path / "of.csv"
+    assert run(predict.main, [str(finished), str(folder / "test" / "[Malignant] Pre-B"), "--output", str(output)]) == 0
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    told = {name: read_predictions(finished / f"predictions{name}.csv") for name in ("", "_diagnosis", "_subtype")}
+    for row in rows:
+        for name, of_head in told.items():
+            i = of_head.files.index(f"test/[Malignant] Pre-B/{Path(row['filename']).name}")
+            assert row[f"prediction{name}"] == of_head.class_names[of_head.predictions[i]]
+            got = [float(row[f"prob{name}_{label}"]) for label in of_head.class_names]
+            assert got == pytest.approx(of_head.probabilities[i].tolist(), rel=1e-4)
+    assert len(rows) == 4
+
+
+def test_end_to_end_probabilities_are_those_of_the_chain(finished):
+    whole, diagnosis, subtype = (
+        read_predictions(finished / f"predictions{head}.csv") for head in ("", "_diagnosis", "_subtype")
+    )
+    assert whole.files == diagnosis.files
+    torch.testing.assert_close(whole.probabilities[:, 0], diagnosis.probabilities[:, 0])
+    malignant = [whole.files.index(file) for file in subtype.files]
+    chain = diagnosis.probabilities[malignant, 1, None] * subtype.probabilities
+    torch.testing.assert_close(whole.probabilities[malignant, 1:], chain)
+    assert whole.labels.tolist() == [list(FOLDERS).index(Path(file).parent.name) for file in whole.files]
+
+
+def test_a_run_with_heads_keeps_their_classes_and_chooses_by_one_of_them(finished):
+    best, last = load_checkpoint(finished / "best.pt"), load_checkpoint(finished / "last.pt")
+    assert best["heads"] == {"diagnosis": ["benign", "malignant"], "subtype": ["Pre-B", "Pro-B", "early Pre-B"]}
+    losses = [row["val_subtype.loss"] for row in last["history"]]
+    assert best["epoch"] == int(np.argmin(losses))
+    assert (finished / "confusion_matrix_subtype.png").stat().st_size > 0
+    config = Config.from_mapping(yaml.safe_load((finished / "args.yaml").read_text()), "args.yaml")
+    assert config.heads["subtype"]["when"] == {"diagnosis": "malignant"}
+
+
+def test_labels_of_two_columns_of_a_manifest(tmp_path):
+    """Of a benign image the second is empty; validation is taken from train, test knows the classes of train."""
+    rows = [("benign", ""), ("malignant", "pro"), ("malignant", "pre")] * 3
+    for i in range(9):
+        write_image(tmp_path / f"{i}.png", (9 * i, 0, 0), seed=i, size=(4, 4))
+    lines = [f"{i}.png,{label},{kind},{'test' if i > 5 else 'train'}\n" for i, (label, kind) in enumerate(rows)]
+    (tmp_path / "all.csv").write_text("filename,label,label_kind,split\n" + "".join(lines))
+    specs = {"diagnosis": {}, "kind": {"column": "label_kind", "when": {"diagnosis": "malignant"}}}
+    config = Config(csv=str(tmp_path / "all.csv"), heads=plain_specs(read_head_specs(specs)))
+    splits = open_data(config)
+    heads = open_heads(config, splits.train)
+    assert heads.class_names() == {"diagnosis": ["benign", "malignant"], "kind": ["pre", "pro"]}
+    assert heads.labels(splits.test)["kind"].tolist() == [-1, 1, 0]
+    assert list(heads.ends()) == ["benign", "pre", "pro"]
+    require_labels(heads, splits)
+    with pytest.raises(UserError, match="heads: kind: the validation images hold none of pre, pro"):
+        require_labels(heads, replace(splits, val=splits.test.subset([0])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"subtype": {"when": {"grade": "malignant"}}}, "subtype: when: grade is no head that stands before it"),
+        (
+            {"subtype": {"when": {"diagnosis": "maligant"}}},
+            r"diagnosis has no class maligant \(its classes: benign",
+        ),
+        ({"subtype": {"column": "label_kind"}}, "subtype: the images have no column label_kind; they have label"),
+        ({"subtype": {"classes": {"a": ["Earl"], "b": ["Pro"]}}}, "subtype: label holds nothing of class a"),
+        ({"subtype": {"hiden": 3}}, "subtype: .* must be a mapping with keys of column, classes, hidden"),
+        ({"subtype": {"drop": 1.0}}, "subtype: drop 1.0 must be at least 0 and below 1"),
+        ({"type": {}}, "type: not a name for a head"),
+    ),
+)
+def test_heads_that_cannot_be_are_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message) as error:
+        images = samples([0, 1, 2, 3])
+        open_heads(Config(heads=plain_specs(read_head_specs(TREE | change))), images).labels(images)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"loss": "focal"}, "--loss focal does not go with heads"),
+        ({"mixup": 0.2}, "--mixup 0.2 does not go with heads"),
+        ({"drop": 0.5}, "give each head its own drop"),
+        ({"eval_metric": "grade.macro_f1"}, "HEAD.METRIC with a head of diagnosis, subtype"),
+    ),
+)
+def test_options_that_heads_do_not_take_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Config(heads=plain_specs(read_head_specs(TREE)), **options)
+
+
+def test_the_leukaemia_recipe_fits_both_ways_of_naming_the_folders():
+    config = Config(**read_recipe("leukemia-multitask"))
+    for names, subtypes in ((CLASSES, [-1, 2, 0, 1]), (tuple(FOLDERS), [-1, 0, 1, 2])):
+        images = Samples(("a", "b", "c", "d"), np.arange(4), names)
+        heads = open_heads(config, images)
+        assert heads.labels(images)["subtype"].tolist() == subtypes
+        assert list(heads.ends()) == ["benign", "Pre-B", "Pro-B", "early Pre-B"]
