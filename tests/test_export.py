@@ -214,13 +214,14 @@ def test_every_norm_is_folded():
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-# every model in one of the two ways, one of them in both
-ROUND_TRIPS = [(model, i % 2 == 1) for i, model in enumerate(MODEL_NAMES)] + [("seresnet50", True)]
+# Deeper models repeat the same blocks: each kind in one of the two ways, one of them in both
+SHALLOW = [name for name in MODEL_NAMES if "101" not in name and "152" not in name]
+ROUND_TRIPS = [(model, i % 2 == 1) for i, model in enumerate(SHALLOW)] + [("seresnet50", True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "fused"), ROUND_TRIPS)
-def test_round_trips_of_every_model(model, fused, tmp_path):
+def test_round_trips_of_every_kind_of_model(model, fused, tmp_path):
     """The command itself compares what it reads back with the run's model."""
     pytest.importorskip("onnxscript")
     checkpoint = write_checkpoint(tmp_path / "best.pt", img_size=32, model=model, fused_se=fused)
