@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,25 +99,18 @@ def make_train_loader(
     augmentation: Augmentation | None,
 ) -> Loader:
     """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
-    return make_loader(
-        config.data_backend,
-        samples,
-        batch_size=config.batch_size,
-        img_size=config.img_size,
-        device=device,
-        dtype=precision.input_dtype,
-        training=True,
-        sampler=sampler,
-        augmentation=augmentation,
-        seed=config.seed,
-        max_bad_fraction=config.max_bad_fraction,
-        workers=config.workers,
-        by_index=bool(config.heads),
-    )
+    drawn = {"sampler": sampler, "augmentation": augmentation, "seed": config.seed}
+    return _make_loader(samples, config, device, precision, training=True, **drawn)
 
 
 def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
     """Every image once, in order, resized and normalised, nothing else."""
+    return _make_loader(samples, config, device, precision, training=False, crop_pct=config.crop_pct)
+
+
+def _make_loader(
+    samples: Samples, config: Config, device: torch.device, precision: Precision, **options: Any
+) -> Loader:
     return make_loader(
         config.data_backend,
         samples,
@@ -124,11 +118,10 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
         img_size=config.img_size,
         device=device,
         dtype=precision.input_dtype,
-        training=False,
-        crop_pct=config.crop_pct,
         max_bad_fraction=config.max_bad_fraction,
         workers=config.workers,
         by_index=bool(config.heads),
+        **options,
     )
 
 

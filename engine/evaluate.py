@@ -17,8 +17,9 @@ from engine.data import Samples, Splits, drop_bad_samples, open_samples
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.metric_report import format_reports
+from engine.output import free_file
 from engine.predictions import write_predictions
-from engine.scoring import TTA, Scored, final_metrics, score_heads, score_images
+from engine.scoring import TTA, Scored, final_metrics, score_images
 from engine.trained import add_model_flags, heads_of, open_trained, restore_model
 
 
@@ -33,8 +34,8 @@ def main(argv: list[str] | None) -> None:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.json holds, for the checkpoint and the images that the command line names."""
     for flag, file in (("--output", args.output), ("--predictions", args.predictions)):
-        if file and Path(file).exists():
-            raise UserError(f"{flag} {file}: exists; name another file")
+        if file:
+            free_file(file, flag=flag)
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
     config = dataclasses.replace(config, sensitivity=tuple(args.sensitivity))
@@ -51,9 +52,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     def scored_images(samples: Samples) -> Scored:
         loader = make_eval_loader(samples, config, device, precision)
-        if heads is not None:
-            return score_heads(model, loader, heads, precision)
-        return score_images(model, loader, class_names, precision, tta=args.tta)
+        return score_images(model, loader, class_names, precision, heads=heads, tta=args.tta)
 
     scored = scored_images(samples)
     validation = scored if split == "validation" else None

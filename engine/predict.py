@@ -9,7 +9,6 @@ import io
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +26,7 @@ from engine.data.unlabelled import Unlabelled, find_images
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.heads import Heads
+from engine.output import free_file
 from engine.tables import format_table
 from engine.trained import add_model_flags, heads_of, open_trained, restore_model
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None) -> int:
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
     images = find_images(args.images, allow_links=args.allow_links)
-    output = _free_output(Path(args.output), force=args.force)
+    output = free_file(args.output, force=args.force)
     model = restore_model(checkpoint, config, device)
     heads = heads_of(checkpoint, config)
     found = predict(model, tuple(checkpoint["class_names"]), images, config, device, heads)
@@ -208,18 +208,6 @@ def _probabilities(logits: Any, heads: Heads | None) -> Tensor:
         return cast(Tensor, logits.float().softmax(dim=1))
     wide = {name: logits[name].float() for name in heads.tasks}
     return torch.cat([heads.together(wide).exp(), *(own.softmax(dim=1) for own in wide.values())], dim=1)
-
-
-def _free_output(output: Path, *, force: bool) -> Path:
-    try:
-        if output.is_dir():
-            raise UserError(f"--output {output}: is a folder; name a file in it, such as {output / 'predictions.csv'}")
-        if output.exists() and not force:
-            raise UserError(f"--output {output}: exists; name another file, or add --force")
-        output.parent.mkdir(parents=True, exist_ok=True)  # while nothing has been computed yet
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot make its folder ({error.strerror}); name another") from error
-    return output
 
 
 def _format_counts(found: Predicted) -> str:

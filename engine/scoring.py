@@ -57,7 +57,7 @@ def score(
     With ``heads`` they are end to end, and under "heads" stand those of each one.
     """
     if heads is not None:
-        scored = score_heads(model, loader, heads, precision)
+        scored = _score_heads(model, loader, heads, precision)
         of_head = {name: _metrics(own) for name, own in scored.heads.items()}
         return {**_metrics(scored), "heads": of_head}
     try:
@@ -67,17 +67,26 @@ def score(
 
 
 def score_images(
-    model: nn.Module, loader: Loader, class_names: tuple[str, ...], precision: Precision, *, tta: str = "none"
+    model: nn.Module,
+    loader: Loader,
+    class_names: tuple[str, ...],
+    precision: Precision,
+    *,
+    heads: Heads | None = None,
+    tta: str = "none",
 ) -> Scored:
     """Logits and labels over one pass of an evaluation loader, each with its file.
 
     Args:
-        tta: one of ``TTA``: "hflip" takes the mean of the probabilities of the image and of its mirror image; the
-            logits are then the logarithm of that mean.
+        heads: those of the model, whose loader then is one by index; a head for which no image counts is left out.
+        tta: without heads, one of ``TTA``: "hflip" takes the mean of the probabilities of the image and of its mirror
+            image; the logits are then the logarithm of that mean.
 
     Raises:
-        UserError: a logit is not finite.
+        UserError: a logit is not finite; or of heads, the truth end to end is not known of any image.
     """
+    if heads is not None:
+        return _score_heads(model, loader, heads, precision)
     metrics = _pass(model, loader, class_names, precision, tta)
     try:
         logits, labels = checked_samples(torch.cat(metrics.logits), torch.cat(metrics.labels), len(class_names))
@@ -89,11 +98,7 @@ def score_images(
     return Scored(tuple(loader.data.files[i] for i in kept), class_names, logits, labels)
 
 
-def score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
-    """As `score_images`, of a model with heads and a loader by index; a head for which no image counts is left out.
-
-    Raises UserError where a logit is not finite, or the truth end to end is not known of any image.
-    """
+def _score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
     model.eval()
     batches: list[Mapping[str, Tensor]] = []
     shown: list[Tensor] = []

@@ -40,7 +40,7 @@ from engine.metrics import metric_is_better
 from engine.mixing import Mixing
 from engine.optim import make_optimizer, make_schedule
 from engine.run import Row, RunDirectory
-from engine.scoring import Scored, final_metrics, score, score_heads, score_images
+from engine.scoring import Scored, final_metrics, score, score_images
 from engine.stages import Freezing, frozen_at_random, make_freezing
 
 
@@ -357,9 +357,7 @@ def _final_score(
     model.load_state_dict(best["model"])
 
     def scored_images(loader: Loader) -> Scored:
-        if heads is not None:
-            return score_heads(model, loader, heads, precision)
-        return score_images(model, loader, splits.train.class_names, precision)
+        return score_images(model, loader, splits.train.class_names, precision, heads=heads)
 
     validation = scored_images(val_loader)
     temperature = fit_temperature(validation.logits, validation.labels)

@@ -84,10 +84,10 @@ def test_saved_predictions_name_the_images_in_order_below_the_folder(finished, f
 
 
 def test_evaluate_writes_the_same_and_finds_the_same_thresholds(finished, tmp_path, capsys):
-    files = ("--output", str(tmp_path / "again.json"), "--predictions", str(tmp_path / "again.csv"))
+    files = ("--output", str(tmp_path / "new folder" / "again.json"), "--predictions", str(tmp_path / "again.csv"))
     assert run(evaluate.main, [str(finished), "--sensitivity", "0.8", "1", *files]) == 0
     assert "Operating points" in capsys.readouterr().out
-    got, expected = metrics_of(tmp_path / "again.json"), metrics_of(finished / "metrics.json")
+    got, expected = metrics_of(tmp_path / "new folder" / "again.json"), metrics_of(finished / "metrics.json")
     assert got["tta"] == "none"
     for name in ("temperature", "calibrated", "intervals", "operating_points"):
         assert got[name] == expected[name], name
