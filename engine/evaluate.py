@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
     """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
-        name = str(args.csv or args.data_dir)
+        name = str(Path(args.csv or args.data_dir).absolute())  # which is no "test" and no "validation"
         samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv, allow_links=config.allow_links)
     else:
         splits = _run_splits(config, class_names)

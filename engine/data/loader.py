@@ -160,6 +160,8 @@ class Loader(ABC):
     def lose(self, failures: Sequence[Failure]) -> None:
         """Leaves images out from now on. Raises UserError, naming the file, where that goes too far."""
         for failure in failures:
+            if self._lost[failure.index]:  # drawn more than once in its batch
+                continue
             file, label = self.data.files[failure.index], self.data.labels[failure.index]
             lost = self._lost.copy()
             lost[failure.index] = True
