@@ -4,8 +4,10 @@ interrupted.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from engine.errors import UserError
 
@@ -20,3 +22,10 @@ def run(command: Callable[[list[str] | None], int | None], argv: list[str] | Non
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that raises `UserError`, so that every mistake is reported the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")

@@ -6,21 +6,16 @@ whole is written to the run's ``args.yaml``, which is itself a recipe.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
+from engine.config_values import checked_values
 from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
-from engine.head_specs import plain_specs, read_head_specs
 from engine.metrics import METRIC_NAMES
 from engine.models import MODEL_NAMES, require_known
 
@@ -29,7 +24,6 @@ PROBABILITIES = (
     *("minority_aug", "mixup_prob", "mixup_switch_prob"),
 )
 CLASS_WEIGHTS = ("none", "balanced", "effective")
-RECIPES = Path(__file__).with_name("recipes")
 
 
 def _flag(default: Any, help: str, *, short: str | None = None, **argument: Any) -> Any:
@@ -262,8 +256,8 @@ class Config:
             for name in ("smoothing", "mixup", "cutmix"):
                 if getattr(self, name):
                     raise UserError(
-                        f"--loss ldam does not go with {_spelled(name)} {getattr(self, name)}: its margin is that of "
-                        f"an image's one label; leave {_spelled(name)} out, or use another --loss"
+                        f"--loss ldam does not go with {spelled(name)} {getattr(self, name)}: its margin is that of "
+                        f"an image's one label; leave {spelled(name)} out, or use another --loss"
                     )
         if self.unfreeze_epochs and not (self.freeze or self.freeze_until):
             raise UserError(
@@ -287,16 +281,16 @@ class Config:
         for name in ("mixup", "cutmix", "drop"):
             if getattr(self, name):
                 way_out = "give each head its own drop" if name == "drop" else "leave it out"
-                raise UserError(f"{_spelled(name)} {getattr(self, name)} does not go with heads; {way_out}")
+                raise UserError(f"{spelled(name)} {getattr(self, name)} does not go with heads; {way_out}")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
-            raise UserError(f"{_spelled(name)} {getattr(self, name)} does not work: it must be {what}")
+            raise UserError(f"{spelled(name)} {getattr(self, name)} does not work: it must be {what}")
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> Config:
         """From a recipe's mapping. Raises UserError that names ``source`` and the key."""
-        return cls(**_checked(values, source))
+        return cls(**checked_values(dataclasses.fields(cls), values, source))
 
     def as_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -306,207 +300,6 @@ class Config:
         return {"drop": self.drop, "cosine": self.loss == "ldam"}
 
 
-def _spelled(name: str) -> str:
+def spelled(name: str) -> str:
+    """The flag of a field."""
     return "--" + name.replace("_", "-")
-
-
-def parse_args(argv: list[str] | None) -> tuple[Config, str | None]:
-    """The configuration that a command line asks for, and the run directory or checkpoint of ``--resume``.
-
-    Raises UserError for what the user can mend.
-    """
-    parser = make_parser(
-        "python -m engine.train",
-        "Train an image classifier on imbalanced data; without --data-dir or --csv on the embedded digits.",
-    )
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
-    add_run_flags(parser)
-    args = parser.parse_args(argv)
-    given = vars(args).copy()
-    resume, recipe = given.pop("resume", None), given.pop("recipe", None)
-    if resume is not None:
-        return _resumed(resume, given, recipe), resume
-    return resolve(args), None
-
-
-def resolve(args: argparse.Namespace, default_recipe: str | None = "digits") -> Config:
-    """The configuration that the flags of ``add_run_flags`` ask for; what else was parsed is left alone.
-
-    ``default_recipe`` serves where neither data nor a recipe is named. Raises UserError for what the user can mend.
-    """
-    fields = {field.name for field in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(args).items() if name in fields}
-    recipe = getattr(args, "recipe", None)
-    if recipe is None and not given.get("data_dir") and not given.get("csv"):
-        recipe = default_recipe
-    values = read_recipe(recipe) if recipe else {}
-    config = Config.from_mapping(values | given, "the command line")
-    require_fused(config, given.get("fused_scope"))
-    return config
-
-
-def require_fused(config: Config, scope: str | None) -> None:
-    """Raises UserError where a command line names a ``--fused-scope`` and nothing is to be fused."""
-    if scope is not None and not config.fused_se:
-        raise UserError(f"--fused-scope {scope} does nothing without --fused-se; add --fused-se or leave it out")
-
-
-# What may differ when a run goes on: where it runs, not what it computes.
-_MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se", "fused_scope")
-
-
-def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
-    path = Path(resume)
-    args_file = (path if path.is_dir() else path.parent) / "args.yaml"
-    if not args_file.exists():
-        raise UserError(f"--resume {resume}: no args.yaml there; name a run directory that engine.train made")
-    if recipe is not None:
-        raise UserError("--recipe does not go with --resume: a run goes on with its own args.yaml")
-    values = _checked(_read_yaml(args_file), str(args_file))
-    before, after = Config(**values), Config.from_mapping(values | given, "the command line")
-    for name in given:
-        old, new = getattr(before, name), getattr(after, name)
-        if name not in _MAY_CHANGE_ON_RESUME and old != new:
-            raise UserError(
-                f"{_spelled(name)} {new} does not go with --resume (the run has {old}); "
-                f"start a new run with --recipe {args_file} {_spelled(name)} {new}"
-            )
-    require_fused(after, given.get("fused_scope"))
-    return after
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The mapping of a built-in recipe or of a YAML file. Raises UserError for an unknown one."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        raise UserError(f"--recipe {name}: no such recipe; name a YAML file or one of: {known}")
-    return _checked(_read_yaml(path), str(path))
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
-
-
-def _checked(values: Any, source: str) -> dict[str, Any]:
-    """``values`` with every key known and every value of its field's type."""
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping of options, such as `epochs: 20`")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    checked = {}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields)}"
-            raise UserError(f"{source}: unknown option {key!r}{hint}")
-        checked[key] = _converted(fields[key], value, source)
-    return checked
-
-
-def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
-    if "recipe_only" in field.metadata:
-        return plain_specs(read_head_specs(value, f"{source}: {field.name}"))
-    argument = field.metadata["argument"]
-    if value is None and (field.default is None):
-        return None
-    if "switch" in argument:
-        if isinstance(value, bool):
-            return value
-        raise UserError(f"{source}: {field.name}: {value!r} must be true or false")
-    if "names" in argument:
-        if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
-            return tuple(value)
-        raise UserError(f"{source}: {field.name}: {value!r} must be a list of names")
-    if "words" in argument:
-        return _word_or_numbers(field.name, value, argument["words"], source)
-    if "nargs" in argument:
-        return _numbers(field.name, value, argument["nargs"], source)
-    wanted = argument.get("type", str)
-    # YAML reads 1e-3 as text; a number in place of a text is a mistake
-    ok = isinstance(value, wanted) or (wanted is float and isinstance(value, int | str)) or isinstance(value, str)
-    try:
-        if isinstance(value, bool) or not ok:
-            raise ValueError
-        converted = wanted(value)
-    except ValueError:
-        raise UserError(f"{source}: {field.name}: {value!r} must be of type {wanted.__name__}") from None
-    if converted not in argument.get("choices", (converted,)):
-        raise UserError(f"{source}: {field.name}: {value!r} must be one of {', '.join(argument['choices'])}")
-    return converted
-
-
-def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[float, ...]:
-    try:
-        if (
-            isinstance(values, str)
-            or (count != "+" and len(values) != count)
-            or any(isinstance(value, bool) for value in values)
-        ):
-            raise ValueError
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        wanted = "numbers" if count == "+" else f"{count} numbers"
-        raise UserError(f"{source}: {name}: {values!r} must be a list of {wanted}") from None
-
-
-def _word_or_numbers(name: str, value: Any, words: tuple[str, ...], source: str) -> str | tuple[float, ...]:
-    values = value if isinstance(value, list | tuple) else [value]
-    if len(values) == 1 and values[0] in words:
-        word: str = values[0]
-        return word
-    try:
-        return _numbers(name, values, len(values), source)
-    except UserError:
-        raise UserError(f"{source}: {name}: {value!r} must be one of {', '.join(words)}, or numbers") from None
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that raises `UserError`, so that every mistake is reported the same way."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def make_parser(prog: str, description: str) -> ArgumentParser:
-    """For a command that takes the flags of a training run (``add_run_flags``), with ``--recipe``.
-
-    A flag that is absent leaves no attribute, unless it is given a default.
-    """
-    parser = ArgumentParser(
-        prog=prog,
-        description=description,
-        # absent flags must not hide what a recipe says
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="options from a built-in recipe or a YAML file")
-    return parser
-
-
-def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, without: Sequence[str] = ()) -> None:
-    """A flag for each field of `Config`, but for those that the command has a meaning of its own for."""
-    for field in dataclasses.fields(Config):
-        if field.name in without or "recipe_only" in field.metadata:
-            continue
-        default: Any = field.default
-        argument = dict(field.metadata["argument"])
-        names = [_spelled(field.name)] + ([field.metadata["short"]] if field.metadata["short"] else [])
-        shown = "" if default is None else f" (default: {default})"
-        if argument.pop("switch", False):
-            argument["action"] = argparse.BooleanOptionalAction
-        elif argument.pop("names", False):
-            argument |= {"metavar": "NAME", "nargs": "+"}
-            shown = ""
-        elif argument.pop("words", None):
-            argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
-        elif "nargs" in argument:
-            argument |= {"metavar": "FLOAT", "type": float}
-            shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""
-        elif "choices" not in argument:
-            argument["metavar"] = argument["type"].__name__.upper()
-        parser.add_argument(*names, dest=field.name, help=field.metadata["help"].replace("%", "%%") + shown, **argument)

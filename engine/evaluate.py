@@ -11,8 +11,8 @@ from typing import Any
 
 from engine.build import data_folder, make_eval_loader, open_data
 from engine.checkpoint import write_atomically
-from engine.cli import run
-from engine.config import ArgumentParser, Config
+from engine.cli import ArgumentParser, run
+from engine.config import Config
 from engine.data import Samples, Splits, drop_bad_samples, open_samples
 from engine.device import Precision, pick_device
 from engine.errors import UserError

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from engine.checkpoint import write_atomically
-from engine.cli import run
-from engine.config import ArgumentParser, Config
+from engine.cli import ArgumentParser, run
+from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UserError
 from engine.fusion import fuse

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.build import make_eval_loader
-from engine.cli import run
-from engine.config import ArgumentParser, Config
+from engine.cli import ArgumentParser, run
+from engine.config import Config
 from engine.data import Samples
 from engine.data.check import probe_files
 from engine.data.listing import printable, write_all

@@ -19,7 +19,8 @@ import torch
 
 from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
 from engine.cli import run
-from engine.config import Config, add_run_flags, make_parser, resolve
+from engine.command_line import add_run_flags, make_parser, resolve
+from engine.config import Config
 from engine.data import Augmentation, Samples, WeightedSampler, check_images
 from engine.data.augment import Drawn, class_rarity
 from engine.data.listing import printable, write_all

@@ -19,7 +19,8 @@ from torch import nn
 
 from engine.build import build_model, open_data
 from engine.cli import run
-from engine.config import Config, add_run_flags, make_parser, resolve
+from engine.command_line import add_run_flags, make_parser, resolve
+from engine.config import Config
 from engine.data import DATA_BACKENDS, Splits
 from engine.data.listing import write_all
 from engine.data_profile import Stage, profile_parts, profile_pipeline

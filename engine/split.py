@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.cli import run
-from engine.config import ArgumentParser
+from engine.cli import ArgumentParser, run
 from engine.data.division import Division, divide
 from engine.data.leakage import Leakage, find_identical, find_leakage
 from engine.data.listing import Listing, format_manifest, printable, read_groups, read_listing, write_all

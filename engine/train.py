@@ -27,7 +27,8 @@ from engine.build import (
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
-from engine.config import Config, parse_args
+from engine.command_line import parse_args
+from engine.config import Config
 from engine.data import Loader, Samples, Splits, drop_bad
 from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device

@@ -12,7 +12,8 @@ from torch import nn
 
 from engine.build import build_model
 from engine.checkpoint import load_checkpoint
-from engine.config import Config, require_fused
+from engine.command_line import require_fused
+from engine.config import Config
 from engine.data import DATA_BACKENDS
 from engine.errors import UserError
 from engine.heads import Heads, restore_heads

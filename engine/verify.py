@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine.class_picture import save_class_counts
-from engine.cli import run
-from engine.config import ArgumentParser
+from engine.cli import ArgumentParser, run
 from engine.data.check import ARRAY, BadFile, find_links_out, find_odd_folders, probe_samples
 from engine.data.leakage import Leakage, Picture, find_copies, find_identical, find_leakage, find_shared_bytes
 from engine.data.listing import (

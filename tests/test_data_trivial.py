@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from torchvision.transforms.v2 import TrivialAugmentWide
 
 from engine.build import make_augmentation
-from engine.config import parse_args
+from engine.command_line import parse_args
 from engine.data import Augmentation, ResidentLoader, Samples, WeightedSampler, augment
 from engine.data.augment import PROBABILITIES, Drawn
 from engine.data.counter import Purpose, generator

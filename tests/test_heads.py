@@ -20,7 +20,8 @@ from engine import evaluate, predict, train
 from engine.build import open_data
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
-from engine.config import Config, read_recipe
+from engine.command_line import read_recipe
+from engine.config import Config
 from engine.data import DATA_BACKENDS, Samples, make_loader
 from engine.data.samples import Head
 from engine.data.torchvision_loader import _Batches

@@ -13,7 +13,7 @@ from PIL import Image
 from engine import preview
 from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
 from engine.cli import run
-from engine.config import parse_args
+from engine.command_line import parse_args
 from engine.data import Loader
 from engine.device import Precision
 from engine.preview_picture import PAIRS, Balance, Row, draw_preview

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import ResNet
 
-from engine.config import Config, parse_args
+from engine.command_line import parse_args
+from engine.config import Config
 from engine.device import Precision
 from engine.ema import ModelEma
 from engine.errors import UserError

@@ -12,7 +12,8 @@ import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config import Config, parse_args, read_recipe
+from engine.command_line import parse_args, read_recipe
+from engine.config import Config
 from engine.device import Precision, pick_device
 from engine.ema import ModelEma
 from engine.errors import UserError
