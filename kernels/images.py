@@ -261,9 +261,9 @@ def _warp(x: Tensor, warp: list[float]) -> Tensor:
 
 
 def _tone(x: Tensor, tone: str, level: float) -> Tensor:
-    q = (255 * x).round().clamp(0, 255)
+    q = (255 * x).nan_to_num(0).round().clamp(0, 255)
     if tone == "posterize":
-        kept = 1 << (8 - min(max(int(level), 0), 8))
+        kept = 1 << (8 - int(min(max(0.0, level), 8.0)))  # in this order 0 where the level is not a number
         q = (q / kept).floor() * kept
     elif tone == "solarize":
         q = torch.where(q >= level, 255 - q, q)

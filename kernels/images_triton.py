@@ -86,15 +86,24 @@ def _resize(p_box, s_row, h, w, p_to, S, B_P: tl.constexpr):
         for j in range(taps_y):
             weight_y = _triangle(first_y + j, y, reach_y, h)
             total_y += weight_y
-            p_row = p_box + (first_y + j).to(tl.int64) * s_row + first_x.to(tl.int64) * 3
+            m_row = m_p & (weight_y > 0)
+            p_tap = p_box + (first_y + j).to(tl.int64) * s_row + first_x.to(tl.int64) * 3
+            # a sum of each row's own, or the thousands of pixels of a large box would lose digits
+            row_red = tl.zeros((B_P,), dtype=tl.float32)
+            row_green = tl.zeros((B_P,), dtype=tl.float32)
+            row_blue = tl.zeros((B_P,), dtype=tl.float32)
             for k in range(taps_x):
                 # as `_triangle`, whose call would take the interpreter longer than all else
                 weight = 1.0 - tl.abs((first_x + k).to(tl.float32) + 0.5 - x) / reach_x
-                weight = weight_y * tl.where(first_x + k < w, tl.maximum(weight, 0.0), 0.0)
-                mask = m_p & (weight > 0)
-                red += weight * tl.load(p_row + 3 * k, mask=mask, other=0).to(tl.float32)
-                green += weight * tl.load(p_row + 3 * k + 1, mask=mask, other=0).to(tl.float32)
-                blue += weight * tl.load(p_row + 3 * k + 2, mask=mask, other=0).to(tl.float32)
+                weight = tl.where(first_x + k < w, tl.maximum(weight, 0.0), 0.0)
+                mask = m_row & (weight > 0)
+                row_red += weight * tl.load(p_tap, mask=mask, other=0).to(tl.float32)
+                row_green += weight * tl.load(p_tap + 1, mask=mask, other=0).to(tl.float32)
+                row_blue += weight * tl.load(p_tap + 2, mask=mask, other=0).to(tl.float32)
+                p_tap += 3
+            red += weight_y * row_red
+            green += weight_y * row_green
+            blue += weight_y * row_blue
         share = 1.0 / tl.where(m_p, 255.0 * total_y * total_x, 1.0)
         _store_three(p_to, o_p, m_p, area, red * share, green * share, blue * share)
 

@@ -195,16 +195,32 @@ def test_sides_around_the_vectors_of_the_processor(img_size):
     torch.testing.assert_close(run(args, "cpu", img_size=img_size).double(), exact(args, img_size), atol=WIDER, rtol=0)
 
 
-def test_numbers_that_are_none_reach_no_other_image():
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("backend", ("eager", *TAILED))
+def test_numbers_that_are_none_reach_no_other_image(backend):
     plain = arguments()
     args = (*plain[:4], plain[4].clone())
     args[4][0, 4:28] = float("nan")
     args[4][1, 4:28] = float("inf")
     args[4][2, 4:28], args[4][2, 28:30] = -1e30, torch.tensor((1, float("nan")))
     args[4][3, 30:] = torch.tensor((float("nan"), float("inf"), -5, -5, 1e30, float("nan")))
-    got, expected = run(args, "cpu"), run(plain, "cpu")
+    got, expected = (run(a, backend, img_size=4) for a in (args, plain))
     assert torch.equal(got[4:], expected[4:])
     assert not any(torch.equal(got[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("backend", ("eager", *TAILED))
+def test_a_tone_of_numbers_that_are_none(backend):
+    """They count as 0, and a level that is none as no level: alike everywhere."""
+    pixels, starts, sizes, index, edits = arguments()
+    args = (pixels, starts, sizes, index[2:3].repeat(7), edits[2:3].repeat(7, 1))
+    args[4][:4, 28] = torch.arange(1, 5)
+    args[4][:4, 19] = float("nan")  # a pivot: of which red becomes none
+    args[4][0, 29] = 3
+    args[4][4:, 28] = 1
+    args[4][4:, 29] = torch.tensor((float("nan"), float("inf"), -float("inf")))
+    assert_prepared(run(args, backend, img_size=2), exact(args, 2))
+    assert not exact(args, 2).isnan().any()
 
 
 def test_the_number_of_threads_changes_nothing(set_threads):
@@ -216,14 +232,27 @@ def test_the_number_of_threads_changes_nothing(set_threads):
     assert torch.equal(*results)
 
 
-def test_more_than_two_gigabytes():
-    """Of which only the image's own few bytes are ever touched."""
-    start = 2**31 + 7
-    pixels = torch.empty(start + 3 * 4, dtype=torch.uint8)
-    pixels[start:] = torch.arange(12, dtype=torch.uint8) * 20
-    args = (pixels, torch.tensor([start]), torch.tensor([[2, 2]], dtype=torch.int32), torch.tensor([0]))
-    args = (*args, pack_edits(1, boxes=[(0, 0, 2, 2)]))
-    assert_prepared(run(args, "cpu", img_size=2), exact(args, 2))
+@pytest.mark.parametrize("backend", TAILED)
+def test_more_than_two_gigabytes(backend):
+    """Before an image, and between a box and its image's first byte; only the boxes' own few bytes are ever touched."""
+    start, left = 2**31 + 7, 3 * 2**28
+    pixels = torch.empty(3 * left + 6, dtype=torch.uint8)
+    pixels[start:][:12] = torch.arange(12, dtype=torch.uint8) * 20
+    pixels[3 * left :] = torch.arange(6, dtype=torch.uint8) * 40
+    sizes = torch.tensor([[2, 2], [1, left + 2]], dtype=torch.int32)
+    edits = pack_edits(2, boxes=[(0, 0, 2, 2), (0, left, 1, 2)])
+    args = (pixels, torch.tensor([start, 0]), sizes, torch.arange(2), edits)
+    assert_prepared(run(args, backend, img_size=2), exact(args, 2))
+
+
+@pytest.mark.parametrize("backend", TAILED)
+def test_many_pixels_become_one_without_losing_digits(backend):
+    """Added up one by one in 24 bits, these would be off by 4e-6."""
+    side = 14
+    pixels = torch.full((3 * side * side,), 250, dtype=torch.uint8)
+    box = torch.tensor([[side, side]], dtype=torch.int32)
+    args = (pixels, torch.tensor([0]), box, torch.tensor([0]), pack_edits(1, boxes=[(0, 0, side, side)]))
+    torch.testing.assert_close(run(args, backend, img_size=1).double(), exact(args, 1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ("eager", *TAILED))
