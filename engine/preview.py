@@ -8,8 +8,7 @@ import argparse
 import dataclasses
 import io
 import sys
-import tarfile
-import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from engine.build import make_augmentation, make_eval_loader, make_sampler, make
 from engine.cli import run
 from engine.command_line import add_run_flags, make_parser, resolve
 from engine.config import Config
-from engine.data import Augmentation, Samples, WeightedSampler, check_images
+from engine.data import Augmentation, Loader, Samples, WeightedSampler, check_images
 from engine.data.augment import Drawn, class_rarity
 from engine.data.listing import printable, write_all
+from engine.data.resident import decoded_for_now
+from engine.data.splits import holds_arrays
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.output import free_file
@@ -129,17 +130,21 @@ def _images(
         places=places,
         rarities=class_rarity(samples.class_counts())[shown.labels],
     )
-    loaders = (
-        make_eval_loader(shown, config, device, precision),
-        make_train_loader(shown, config, device, precision, sampler=OneByOne.of(shown), augmentation=augmentation),
-    )
-    pictures = []
-    for loader in loaders:
-        ((images, _labels),) = loader.epoch(epoch)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (loader.mean, loader.std))
-        pictures.append((images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy())
-    plain, augmented = pictures
-    return plain, augmented
+    # a run's own sets stay in the cache, and not these few in the place of one of them
+    is_resident = config.data_backend == "resident"
+    with decoded_for_now(shown, device, config.workers) if is_resident else nullcontext():
+        scoring = make_eval_loader(shown, config, device, precision)
+        training = make_train_loader(
+            shown, config, device, precision, sampler=OneByOne.of(shown), augmentation=augmentation
+        )
+        return _only_batch(scoring, epoch), _only_batch(training, epoch)
+
+
+def _only_batch(loader: Loader, epoch: int) -> np.ndarray:
+    """Its images as they are seen, (n, img_size, img_size, 3) float32 in [0, 1]."""
+    ((images, _labels),) = loader.epoch(epoch)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (loader.mean, loader.std))
+    return (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 class OneByOne(WeightedSampler):
@@ -191,7 +196,7 @@ def _with_source(args: argparse.Namespace) -> argparse.Namespace:
     source = Path(args.source)
     if not source.exists():
         raise UserError(f"{source} does not exist: name a folder with a folder for each class, or a manifest")
-    name = "csv" if source.is_file() and not _is_archive(source) else "data_dir"
+    name = "csv" if source.is_file() and not holds_arrays(source) else "data_dir"
     flag = "--" + name.replace("_", "-")
     if hasattr(args, name):
         raise UserError(f"{source} and {flag} {getattr(args, name)} are two sources: name one of them")
@@ -200,10 +205,6 @@ def _with_source(args: argparse.Namespace) -> argparse.Namespace:
             f"{source} and --csv {args.csv}: name the folder that the manifest's names start from by {flag}"
         )
     return argparse.Namespace(**vars(args), **{name: args.source})
-
-
-def _is_archive(file: Path) -> bool:
-    return zipfile.is_zipfile(file) or tarfile.is_tarfile(file)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -260,6 +260,14 @@ def test_the_last_used_sets_of_a_folder_are_kept_and_leftovers_removed(tmp_path,
     assert len(kept(cache)) == KEPT + 2
 
 
+def test_what_is_not_to_be_kept_leaves_the_cache_as_it_was(samples, cache, capsys):
+    for count in range(1, KEPT + 1):
+        opened(samples.subset([*range(count % 5), 4]))
+    before = kept(cache)
+    assert_holds(open_decoded(samples, workers=2, admit=lambda *_: None, keep=False), samples)
+    assert kept(cache) == before
+
+
 def test_arrays_are_taken_as_they_are(cache):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
     grey = np.broadcast_to(pixels[..., :1], pixels.shape)

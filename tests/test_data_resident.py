@@ -156,6 +156,15 @@ def test_arrays_in_memory_take_no_more(monkeypatch):
         loader_of(grey)
 
 
+def test_what_another_loader_has_copied_is_not_taken_from_what_is_free_once_more(monkeypatch):
+    monkeypatch.setattr(resident, "free_memory", lambda device: 1300)  # of which 975 may be taken
+    monkeypatch.setattr(resident, "_in_use", weakref.WeakValueDictionary())
+    grey = np.broadcast_to(np.zeros((3, 10, 10, 1), dtype=np.uint8), (3, 10, 10, 3))  # 900 in three channels
+    sets = [Samples(("x", "y", "z"), np.arange(3), ("a", "b", "c"), pixels=grey) for _ in range(2)]
+    loaders = [loader_of(samples) for samples in sets]
+    assert loaders[0]._images is not loaders[1]._images
+
+
 def test_loaders_of_the_same_images_share_them_and_the_last_lets_go(samples):
     own = samples.subset(range(14))
     training, scoring = training_loader(own), loader_of(own)

@@ -14,7 +14,7 @@ from engine import preview
 from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
 from engine.cli import run
 from engine.command_line import parse_args
-from engine.data import Loader
+from engine.data import Loader, decoded
 from engine.device import Precision
 from engine.preview_picture import PAIRS, Balance, Row, draw_preview
 from tests.data_helpers import CPU, make_folder
@@ -88,6 +88,14 @@ def test_tiles_are_the_pixels_of_the_run(tmp_path, saved):
     np.testing.assert_allclose(shown[:, 0], plain[order[places]], atol=1e-6)
     np.testing.assert_allclose(shown[:, 1], drawn[places], atol=1e-6)
     assert np.abs(shown[:, 0] - shown[:, 1]).mean() > 0.02
+
+
+def test_of_a_run_on_resident_images_no_set_is_left_in_the_cache(skewed, tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(decoded, "cache_folder", lambda: tmp_path / "cache")
+    argv = [str(skewed), *SMALL, "--data-backend", "resident", "--output", str(tmp_path / "a.png")]
+    assert run(preview.main, argv) == 0
+    assert len(tiles(saved[0])) > PAIRS
+    assert list((tmp_path / "cache" / "decoded").iterdir()) == []
 
 
 def test_without_data_the_digits_and_their_balance(tmp_path, saved, capsys):

@@ -171,6 +171,8 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(good, tmp_path, caps
     assert verified(capsys, good, "--allow-links")[0] == 0
     (tmp_path / "alias").symlink_to(good)
     assert find_links_out([str(tmp_path / "alias" / "b" / "000.png")], tmp_path / "alias") == []
+    (tmp_path / "two" / "back.png").symlink_to(good / "a" / "000.png")
+    assert find_links_out([str(good / "c" / "back.png")], good) == []
 
 
 def test_parts_that_share_something_fail(tmp_path, capsys):

@@ -9,6 +9,7 @@ says best what is wrong with it, then by DALI, if that is installed and would de
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class BadFile:
 
 
 def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
-    """Decodes every file (absolute paths) on ``workers`` threads, with a progress bar on stderr; a Probe for each."""
+    """Decodes every file (absolute paths) on ``workers`` threads; a Probe for each."""
     if not files:
         return []
     dali = dali_version()
@@ -67,7 +68,7 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
     try:
         with (
             ThreadPoolExecutor(workers, initializer=start_worker) as pool,
-            tqdm(total=len(files), desc="checking images", unit="img", leave=False) as bar,
+            tqdm(total=len(files), desc="checking images", unit="img", leave=False, disable=None) as bar,
         ):
             for start in range(0, len(files), _FILES_AT_ONCE):
                 for found in pool.map(judge, files[start : start + _FILES_AT_ONCE]):
@@ -104,7 +105,15 @@ def find_links_out(files: Sequence[str], root: Path) -> list[BadFile]:
     Whoever may write into the folder could otherwise have any image of the machine read and shown in a report.
     """
     top = os.path.realpath(root)
-    return [describe_link_out(file, root) for file in files if target_outside(file, top) is not None]
+
+    @functools.cache  # of thousands of files there are few folders, and to look each one's path up takes long
+    def is_outside(path: str) -> bool:
+        return target_outside(path, top) is not None
+
+    def leads_out(file: Path) -> bool:
+        return is_outside(str(file if file.is_symlink() else file.parent))
+
+    return [describe_link_out(file, root) for file in files if leads_out(Path(file))]
 
 
 def describe_link_out(link: str, root: Path) -> BadFile:

@@ -79,12 +79,13 @@ class Decoded:
     failures: tuple[Failure, ...] = ()
 
 
-def open_decoded(samples: Samples, *, workers: int, admit: Admit) -> Decoded:
+def open_decoded(samples: Samples, *, workers: int, admit: Admit, keep: bool = True) -> Decoded:
     """The images of ``samples``: arrays as they are, files out of the cache or decoded now, with a progress bar.
 
     Args:
         workers: threads.
         admit: is asked before anything is decoded or brought into memory.
+        keep: leave what is decoded now in the cache, in the place of the sets that it keeps no longer.
 
     Raises:
         UserError: the cache cannot be written, or a package is missing that would decode a file.
@@ -93,7 +94,7 @@ def open_decoded(samples: Samples, *, workers: int, admit: Admit) -> Decoded:
         return _of_arrays(samples.pixels, admit)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        files = _DecodedFiles(samples.files, pool, workers)
+        files = _DecodedFiles(samples.files, pool, workers, keep)
         return files.read(admit) or files.make(admit)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -108,8 +109,9 @@ def _of_arrays(images: np.ndarray, admit: Admit) -> Decoded:
 class _DecodedFiles:
     """The cache's file for a list of image files."""
 
-    def __init__(self, files: tuple[str, ...], pool: ThreadPoolExecutor, workers: int) -> None:
+    def __init__(self, files: tuple[str, ...], pool: ThreadPoolExecutor, workers: int, keep: bool) -> None:
         self._files = files
+        self._keep = keep
         self._pool = pool
         self._ahead = 4 * workers
         root = os.path.commonpath([Path(file).parent for file in files])
@@ -132,7 +134,7 @@ class _DecodedFiles:
         return None
 
     def make(self, admit: Admit) -> Decoded:
-        """Decodes all files and puts them into the cache."""
+        """Decodes all files into the cache, of which, where nothing is to be kept, the mapping alone is left."""
         total = 3 * sum(_shown("reading sizes", self._map(_area, self._files), len(self._files)))
         admit(total, False)
         unfinished = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
@@ -141,7 +143,8 @@ class _DecodedFiles:
                 self._make_room(total)
                 with unfinished.open("xb+") as file:
                     decoded = self._write(file)
-                unfinished.replace(self._path)
+                if self._keep:
+                    unfinished.replace(self._path)
             finally:
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
@@ -220,6 +223,14 @@ class _DecodedFiles:
     def _make_room(self, total: int) -> None:
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
+        if self._keep:
+            self._evict()
+        if shutil.disk_usage(folder).free < total + len(self._files) * _ENTRY.itemsize + _HEADER.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _evict(self) -> None:
+        """What the new file stands in for, the longest unused of too many sets, and what other processes left."""
+        folder = self._path.parent
         self._path.unlink(missing_ok=True)
         others = sorted(folder.glob(f"{self._root}-*{_SUFFIX}"), key=_changed, reverse=True)
         abandoned = [
@@ -227,8 +238,6 @@ class _DecodedFiles:
         ]
         for path in (*others[KEPT - 1 :], *abandoned):
             path.unlink(missing_ok=True)
-        if shutil.disk_usage(folder).free < total + len(self._files) * _ENTRY.itemsize + _HEADER.size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _cannot_write(self, error: OSError, total: int) -> UserError:
         folder = self._path.parent
@@ -308,8 +317,8 @@ def _changed(path: Path) -> float:
 
 
 def _shown(what: str, items: Iterable[Out], total: int) -> Iterable[Out]:
-    """With a progress bar on stderr."""
-    return tqdm(items, desc=what, total=total, unit="img", leave=False)
+    """With a progress bar, where stderr is a terminal."""
+    return tqdm(items, desc=what, total=total, unit="img", leave=False, disable=None)
 
 
 def mebibytes(count: int) -> str:

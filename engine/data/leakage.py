@@ -125,7 +125,7 @@ def hash_pictures(pictures: Sequence[Picture], *, workers: int) -> np.ndarray:
     """(n, 64) int8: the difference hash of each picture as +1 and -1, and zeros where it cannot be decoded."""
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(pictures), desc="hashing images", unit="img", leave=False) as bar,
+        tqdm(total=len(pictures), desc="hashing images", unit="img", leave=False, disable=None) as bar,
     ):
         rows = np.zeros((len(pictures), HASH_BITS), dtype=np.int8)
         for i, row in enumerate(pool.map(_difference_hash, pictures)):

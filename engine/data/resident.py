@@ -9,6 +9,7 @@ Every file has been read before the first batch, so that none goes bad later.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -44,7 +45,7 @@ class Resident:
     """The images of ``samples`` on a device.
 
     ``pixels`` (bytes,) uint8, ``starts`` (n,) int64 and ``sizes`` (n, 2) int32 are those of `Decoded` as tensors,
-    ``host_sizes`` the sizes in NumPy; ``taken`` is the memory in bytes that they were admitted with.
+    ``host_sizes`` the sizes in NumPy; ``mapped`` is how many bytes of ``pixels`` are a file's, mapped into memory.
     """
 
     samples: Samples
@@ -53,7 +54,7 @@ class Resident:
     sizes: Tensor
     host_sizes: np.ndarray
     failures: tuple[Failure, ...]
-    taken: int
+    mapped: int
 
 
 _in_use: WeakValueDictionary[tuple[int, torch.device], Resident] = WeakValueDictionary()
@@ -143,22 +144,35 @@ class ResidentLoader(Loader):
 
     @cached_property
     def _images(self) -> Resident:
-        device = torch.empty(0, device=self.device).device  # with its number
-        key = id(self.data), device
-        found = _in_use.get(key)
-        if found is None:
-            found = _in_use[key] = _load(self.data, device, self.workers)
-        return found
+        return _open(self.data, self.device, self.workers)
 
 
-def _load(samples: Samples, device: torch.device, workers: int) -> Resident:
-    taken = 0
+@contextlib.contextmanager
+def decoded_for_now(samples: Samples, device: torch.device, workers: int) -> Iterator[None]:
+    """Within it, loaders of ``samples`` share images of which nothing stays in the cache.
 
+    Raises what a `ResidentLoader` raises.
+    """
+    held = _open(samples, device, workers, keep=False)
+    yield
+    del held
+
+
+def _open(samples: Samples, device: torch.device, workers: int, *, keep: bool = True) -> Resident:
+    """Those that are in use already, or new ones."""
+    device = torch.empty(0, device=device).device  # with its number
+    key = id(samples), device
+    found = _in_use.get(key)
+    if found is None:
+        found = _in_use[key] = _load(samples, device, workers, keep)
+    return found
+
+
+def _load(samples: Samples, device: torch.device, workers: int, keep: bool) -> Resident:
     def admit(count: int, in_memory: bool) -> None:
-        nonlocal taken
         taken = 0 if in_memory and device.type == "cpu" else count
-        # what another loader has mapped counts as free
-        mapped = sum(other.taken for other in _in_use.values()) if device.type == "cpu" else 0
+        # what is mapped counts as free, for the system could read it again
+        mapped = sum(other.mapped for other in _in_use.values()) if device.type == "cpu" else 0
         free = max(0, free_memory(device) - mapped)
         if taken > SHARE * free:
             raise UserError(
@@ -166,7 +180,7 @@ def _load(samples: Samples, device: torch.device, workers: int) -> Resident:
                 f"{mebibytes(free)} that are free on {device} they may take {SHARE:.0%}; use --data-backend dali"
             )
 
-    decoded = open_decoded(samples, workers=workers, admit=admit)
+    decoded = open_decoded(samples, workers=workers, admit=admit, keep=keep)
     with warnings.catch_warnings():  # torch warns that it could be written to, which nobody does
         warnings.simplefilter("ignore")
         pixels = torch.from_numpy(decoded.pixels)
@@ -177,7 +191,7 @@ def _load(samples: Samples, device: torch.device, workers: int) -> Resident:
         torch.from_numpy(decoded.sizes).to(device),
         decoded.sizes,
         decoded.failures,
-        taken,
+        decoded.pixels.nbytes if device.type == "cpu" and isinstance(decoded.pixels, np.memmap) else 0,
     )
 
 
