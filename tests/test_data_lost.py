@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data import Augmentation, DaliLoader, ResidentLoader, TorchvisionLoader, WeightedSampler
+from engine.data import Augmentation, DaliLoader, ResidentLoader, Samples, TorchvisionLoader, WeightedSampler
 from engine.errors import UserError
 from tests.data_helpers import make_loader, make_samples, save_picture
 
@@ -55,6 +55,23 @@ def test_another_image_of_its_class_takes_its_place(pipeline, suffix, tmp_path, 
     told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(told) == 1
     assert f"left out from now on: {samples.files[BAD]}: " in told[0]
+
+
+@pytest.mark.parametrize("pipeline", (DaliLoader, TorchvisionLoader))  # which read while they run
+def test_an_image_drawn_twice_in_a_batch_is_lost_once(pipeline, tmp_path, capsys):
+    samples = make_samples(tmp_path, (9, 4, 3))
+    files = tuple(save_picture(Path(file).with_suffix(".tif"), seed=i) for i, file in enumerate(samples.files))
+    samples = Samples(files, samples.labels, samples.class_names)
+    sampler = WeightedSampler(samples.labels, 3, sampling="none", seed=5, replacement=True)
+    loader = loader_of(pipeline, samples, sampler=sampler)
+    order, twice = loader.order(7).reshape(4, 4), 13
+    assert [(batch == twice).sum() for batch in order] == [0, 2, 0, 0]
+    next(loader.epoch(0))
+    spoil(files[twice])
+    batches = list(loader.epoch(7))
+    assert [labels.tolist() for _, labels in batches] == samples.labels[order].tolist()
+    assert list(loader.reasons_lost) == [twice]
+    assert capsys.readouterr().err.count("left out from now on: ") == 1
 
 
 @PIPELINES
