@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from engine.cli import run
-from engine.data import Augmentation, TorchvisionLoader, WeightedSampler
-from engine.data.torchvision_loader import _end_with_parent
+from engine.data import Augmentation, ResidentLoader, Samples, TorchvisionLoader, WeightedSampler
+from engine.data.torchvision_loader import _processes
 from engine.errors import UserError
-from tests.data_helpers import make_loader, make_samples
+from tests.data_helpers import make_loader, make_samples, picture
 
 
 @pytest.fixture(scope="module")
@@ -103,31 +103,45 @@ def test_no_worker_outlives_an_error(tmp_path):
     assert not any(map(is_running, workers))
 
 
-def start_a_worker_and_wait(alive: Connection) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=wait_for_work)
-    worker.start()
-    alive.send(worker.pid)
-    time.sleep(600)
-
-
-def wait_for_work() -> None:
-    _end_with_parent(0)
+def wait_in_an_epoch(samples: Samples, alive: Connection) -> None:
+    loader = training_loader(samples)
+    loader._loader.dataset.alive = alive  # so that each worker holds it too
+    batches = loader.epoch(0)
+    next(batches)
+    alive.send(processes_of(loader))
     time.sleep(600)
 
 
 def test_no_worker_outlives_a_killed_run(samples):
-    """A pipe says when it has no writer any more: when both the process and its worker are gone."""
-    assert training_loader(samples)._loader.worker_init_fn is _end_with_parent
-    context = multiprocessing.get_context("forkserver")
+    """A pipe says when it has no writer any more: when both the process and its workers are gone."""
+    context = _processes()
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=start_a_worker_and_wait, args=(writer,))
+    process = context.Process(target=wait_in_an_epoch, args=(samples, writer))
     process.start()
     writer.close()
-    worker = reader.recv()
+    workers = reader.recv()
     process.kill()
     process.join()
+    assert len(workers) == 2
     if not reader.poll(60):
-        os.kill(worker, signal.SIGKILL)
-        pytest.fail("it waits for work that nobody sends")
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        pytest.fail("they wait for work that nobody sends")
     with pytest.raises(EOFError):
         reader.recv()
+
+
+@pytest.mark.parametrize("grey", (False, True))
+def test_workers_share_the_pixels_of_arrays(samples, grey):
+    pixels = np.stack([picture(9, 7, seed=i) for i in range(15)])
+    pixels = np.broadcast_to(pixels[..., :1], pixels.shape) if grey else pixels
+    arrays = Samples(samples.files, samples.labels, samples.class_names, pixels=pixels)
+    loader = make_loader(arrays, pipeline=TorchvisionLoader, workers=1)
+    reference = make_loader(arrays, pipeline=ResidentLoader)
+    for (images, _), (expected, _) in zip(loader.epoch(0), reference.epoch(0), strict=True):
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    shared = loader._loader.dataset.pixels
+    assert len(shared._memory) == 15 * 9 * 7 * (1 if grey else 3)
+    shared._stored()[:] = 255  # of which the worker has no copy
+    images, _ = next(loader.epoch(1))
+    assert images.min() == 1

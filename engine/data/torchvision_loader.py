@@ -107,11 +107,31 @@ class _Queue:
             yield self._loader.planned(order, self.epoch, batch)
 
 
+class _Shared:
+    """Arrays (n, H, W, 3) uint8 in memory that is handed to each worker and copied for none."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        stored = pixels[..., :1] if pixels.strides[3] == 0 else pixels  # grey is one channel, shown three times
+        self._shape = stored.shape
+        self._memory = multiprocessing.RawArray("B", stored.size)
+        self._stored()[...] = stored
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(H, W, 3)"""
+        image = self._stored()[index]
+        return np.broadcast_to(image, (*image.shape[:2], 3))
+
+    def _stored(self) -> np.ndarray:
+        return np.frombuffer(self._memory, dtype=np.uint8).reshape(self._shape)
+
+
 class _Batches(Dataset[Any]):
     """A planned batch -> images (B, img_size, img_size, 3) and labels (B,), in a worker process."""
 
     def __init__(self, loader: Loader) -> None:
-        self.data, self.targets = loader.data, loader.targets
+        self.files = loader.data.files
+        self.pixels = None if loader.data.pixels is None else _Shared(loader.data.pixels)
+        self.targets = loader.targets
         self.img_size, self.dtype = loader.img_size, loader.dtype
         self.mean, self.std = loader.mean, loader.std
 
@@ -119,7 +139,7 @@ class _Batches(Dataset[Any]):
         images = torch.empty((len(planned.indices), self.img_size, self.img_size, 3), dtype=self.dtype)
         for i, index in enumerate(planned.indices):
             try:
-                array = decode_image(self.data.files[index]) if self.data.pixels is None else self.data.pixels[index]
+                array = decode_image(self.files[index]) if self.pixels is None else self.pixels[index]
                 pixels = torch.from_numpy(array.copy()).permute(2, 0, 1)
             except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
                 # handed over in place of the batch: as an exception it would arrive with the worker's whole traceback
