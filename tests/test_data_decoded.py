@@ -1,4 +1,4 @@
-"""Decoded sets: the reference decoder's pixels, taken from the cache while they are true, never half of one."""
+"""DecodedSet sets: the reference decoder's pixels, taken from the cache while they are true, never half of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from engine.data import Samples, decoded
 from engine.data.decode import BadImage, decode_image
-from engine.data.decoded import KEPT, Decoded, open_decoded
+from engine.data.decoded import KEPT, DecodedSet, open_decoded
 from engine.errors import UserError
 from tests.data_helpers import make_samples, picture, save
 
@@ -35,16 +35,16 @@ def samples(tmp_path) -> Samples:
     return Samples(tuple(files), np.zeros(5, dtype=np.int64), ("a",))
 
 
-def opened(samples: Samples, workers: int = 2) -> Decoded:
+def opened(samples: Samples, workers: int = 2) -> DecodedSet:
     return open_decoded(samples, workers=workers, admit=lambda *_: None)
 
 
-def image(found: Decoded, i: int) -> np.ndarray:
+def image(found: DecodedSet, i: int) -> np.ndarray:
     height, width = found.sizes[i]
     return found.pixels[found.starts[i] :][: height * width * 3].reshape(height, width, 3)
 
 
-def assert_holds(found: Decoded, samples: Samples) -> None:
+def assert_holds(found: DecodedSet, samples: Samples) -> None:
     assert (found.pixels.dtype, found.starts.dtype, found.sizes.dtype) == (np.uint8, np.int64, np.int32)
     for i, file in enumerate(samples.files):
         np.testing.assert_array_equal(image(found, i), decode_image(file))
@@ -138,7 +138,7 @@ def test_bad_files_are_told_every_time_and_the_others_are_there(samples, decodes
         assert [failure.index for failure in found.failures] == [1, 4]
         assert all("not an image of a known kind" in failure.reason for failure in found.failures)
         assert found.sizes[[1, 4]].tolist() == [[0, 0], [0, 0]]
-        rest = Decoded(found.pixels, found.starts[[0, 2, 3]], found.sizes[[0, 2, 3]])
+        rest = DecodedSet(found.pixels, found.starts[[0, 2, 3]], found.sizes[[0, 2, 3]])
         assert_holds(rest, good)
         assert sorted(decodes) == sorted(samples.files)
         decodes[:] = good.files  # which the second time are not decoded

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-import engine.data.probe as probe
+import engine.data.check as check
 from engine import split, verify
 from engine.class_picture import save_class_counts
 from engine.cli import run
@@ -38,14 +38,14 @@ def cache(tmp_path_factory, monkeypatch) -> Path:
 def decoded(monkeypatch) -> Iterator[list[str]]:
     """The files that have been decoded, in the order of their names; clear it to count anew."""
     names: list[str] = []
-    original = probe.probe
+    original = check.probe
 
-    def counting(file: str) -> probe.Probe:
+    def counting(file: str) -> check.Probe:
         names.append(Path(file).name)
         names.sort()
         return original(file)
 
-    monkeypatch.setattr(probe, "probe", counting)
+    monkeypatch.setattr(check, "probe", counting)
     return names
 
 
@@ -293,7 +293,7 @@ def test_bad_files_are_decoded_every_time(tmp_path, decoded):
 def test_other_versions_judge_anew(tmp_path, decoded, monkeypatch):
     samples = old_samples(tmp_path)
     check_images(samples, workers=1)
-    for change in ((PIL, "__version__", "0.0"), (probe, "MAX_PIXELS", 1000)):
+    for change in ((PIL, "__version__", "0.0"), (check, "MAX_PIXELS", 1000)):
         monkeypatch.setattr(*change)
         decoded.clear()
         check_images(samples, workers=1)
@@ -345,17 +345,17 @@ def test_a_disk_that_fills_leaves_no_half_a_cache(tmp_path, cache, monkeypatch):
 
 def test_an_interrupted_check_goes_on_where_it_was(tmp_path, decoded, monkeypatch):
     samples = old_samples(tmp_path)
-    counting = probe.probe
+    counting = check.probe
 
-    def interrupted(file: str) -> probe.Probe:
+    def interrupted(file: str) -> check.Probe:
         if file == samples.files[3]:
             raise KeyboardInterrupt
         return counting(file)
 
-    monkeypatch.setattr(probe, "probe", interrupted)
+    monkeypatch.setattr(check, "probe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_images(samples, workers=1)
-    monkeypatch.setattr(probe, "probe", counting)
+    monkeypatch.setattr(check, "probe", counting)
     done = list(decoded)
     assert done[:3] == ["000.png", "001.png", "002.png"]
     decoded.clear()

@@ -22,10 +22,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from engine.data import probe as pillow
 from engine.data.dali_decoder import Decoder, dali_version
+from engine.data.decode import FORMATS, MAX_PIXELS
 from engine.data.folder import IMAGE_EXTENSIONS, target_outside
-from engine.data.probe import Probe
+from engine.data.probe import Probe, probe
 from engine.data.samples import Samples, Splits, shorten
 from engine.data.verdicts import Verdicts, stamp
 from engine.errors import UserError
@@ -47,7 +47,7 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
     if not files:
         return []
     dali = dali_version()
-    judges = f"Pillow {PIL.__version__}, DALI {dali}, {' '.join(pillow.FORMATS)}, {pillow.MAX_PIXELS} pixels"
+    judges = f"Pillow {PIL.__version__}, DALI {dali}, {' '.join(FORMATS)}, {MAX_PIXELS} pixels"
     verdicts = Verdicts(files, judges)
     own = threading.local()
 
@@ -58,7 +58,7 @@ def probe_files(files: Sequence[str], *, workers: int) -> list[Probe]:
         now = stamp(file)
         found = verdicts.find(file, now)
         if found is None:
-            found = pillow.probe(file)
+            found = probe(file)
             if found.reason is None and dali is not None:
                 found = dataclasses.replace(found, reason=own.decoder.failure(file))
             verdicts.add(file, now, found)

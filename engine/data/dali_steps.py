@@ -1,7 +1,7 @@
 """The augmentation of `engine.data.augment` by DALI's operators, on the CPU or on a GPU.
 
-`INPUTS` says what a pipeline is fed for it, `values` what that is for a planned batch, `prepare` what becomes of an
-image. DALI's modules are handed in, so that nothing is imported here.
+`BOX_INPUTS`, `DRAWN_INPUTS` and `TONE_INPUTS` say what a pipeline is fed for it, `values` what that is for a planned
+batch, `prepare` what becomes of an image. DALI's modules are handed in, so that nothing is imported here.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
+class DecodedSet:
     """n images.
 
     Attributes:
@@ -79,7 +79,7 @@ class Decoded:
     failures: tuple[Failure, ...] = ()
 
 
-def open_decoded(samples: Samples, *, workers: int, admit: Admit, keep: bool = True) -> Decoded:
+def open_decoded(samples: Samples, *, workers: int, admit: Admit, keep: bool = True) -> DecodedSet:
     """The images of ``samples``: arrays as they are, files out of the cache or decoded now, with a progress bar.
 
     Args:
@@ -100,10 +100,10 @@ def open_decoded(samples: Samples, *, workers: int, admit: Admit, keep: bool = T
         pool.shutdown(cancel_futures=True)
 
 
-def _of_arrays(images: np.ndarray, admit: Admit) -> Decoded:
+def _of_arrays(images: np.ndarray, admit: Admit) -> DecodedSet:
     admit(images.nbytes, images.flags.c_contiguous)  # which grey arrays are not: they show one channel three times
     sizes = np.tile(np.array(images.shape[1:3], dtype=np.int32), (len(images), 1))
-    return Decoded(np.ascontiguousarray(images).reshape(-1), _starts(sizes), sizes)
+    return DecodedSet(np.ascontiguousarray(images).reshape(-1), _starts(sizes), sizes)
 
 
 class _DecodedFiles:
@@ -119,7 +119,7 @@ class _DecodedFiles:
         self._path = cache_folder() / "decoded" / f"{self._root}-{_digest(files).hex()[:32]}{_SUFFIX}"
         self._made_from = _digest([_decoder(), *map(str, self._map(stamp, files))])
 
-    def read(self, admit: Admit) -> Decoded | None:
+    def read(self, admit: Admit) -> DecodedSet | None:
         """What was made before, where it is whole and still counts; says so on stderr where it does not."""
         try:
             with self._path.open("rb") as file:
@@ -133,7 +133,7 @@ class _DecodedFiles:
         print(f"{self._path}: {reason}; decoding the images again", file=sys.stderr)
         return None
 
-    def make(self, admit: Admit) -> Decoded:
+    def make(self, admit: Admit) -> DecodedSet:
         """Decodes all files into the cache, of which, where nothing is to be kept, the mapping alone is left."""
         total = 3 * sum(_shown("reading sizes", self._map(_area, self._files), len(self._files)))
         admit(total, False)
@@ -151,7 +151,7 @@ class _DecodedFiles:
             raise self._cannot_write(error, total) from error
         return decoded
 
-    def _read(self, file: BinaryIO, admit: Admit) -> Decoded:
+    def _read(self, file: BinaryIO, admit: Admit) -> DecodedSet:
         head = file.read(_HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):
             raise _Unusable("not a file of decoded images")
@@ -171,7 +171,7 @@ class _DecodedFiles:
             os.utime(self._path)  # by which the last used are known
         return dataclasses.replace(found, failures=failures)
 
-    def _compare(self, found: Decoded, sums: np.ndarray) -> None:
+    def _compare(self, found: DecodedSet, sums: np.ndarray) -> None:
         stops = found.starts + 3 * found.sizes.prod(axis=1, dtype=np.int64)
 
         def is_whole(i: int) -> bool:
@@ -191,7 +191,7 @@ class _DecodedFiles:
             failures.append(Failure(int(i), str(found)))
         return tuple(failures)
 
-    def _write(self, file: BinaryIO) -> Decoded:
+    def _write(self, file: BinaryIO) -> DecodedSet:
         entries = np.zeros(len(self._files), dtype=_ENTRY)
         failures = []
         file.write(bytes(_HEADER.size))
@@ -263,13 +263,13 @@ class _Unusable(Exception):
     """Why what the cache holds does not count."""
 
 
-def _decoded(file: BinaryIO, entries: np.ndarray) -> Decoded:
+def _decoded(file: BinaryIO, entries: np.ndarray) -> DecodedSet:
     """Maps a whole file; the mapping outlives the file's being closed, replaced or removed."""
     sizes = entries["size"].astype(np.int32)
     starts = _starts(sizes)
     total = int(3 * sizes.prod(axis=1, dtype=np.int64).sum())
     pixels = np.memmap(file, mode="r", offset=_HEADER.size, shape=(total,)) if total else np.zeros(0, dtype=np.uint8)
-    return Decoded(pixels, starts, sizes)
+    return DecodedSet(pixels, starts, sizes)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

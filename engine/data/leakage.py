@@ -21,9 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from engine.data.decode import decode_image, read_header
+from engine.data.decode import FORMATS, MAX_PIXELS, decode_image, read_header
 from engine.data.dicom import is_dicom
-from engine.data.probe import FORMATS, MAX_PIXELS
 
 Picture = str | np.ndarray
 """The absolute path of a file, or pixels, (H, W, 3) uint8 RGB."""

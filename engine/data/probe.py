@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.data.decode import FORMATS, MAX_PIXELS, BadImage, decode
-
-__all__ = ["FORMATS", "MAX_PIXELS", "Probe", "pillow_failure", "probe"]
+from engine.data.decode import BadImage, decode
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _COPIED_AT_ONCE = 1 << 26
 class Resident:
     """The images of ``samples`` on a device.
 
-    ``pixels`` (bytes,) uint8, ``starts`` (n,) int64 and ``sizes`` (n, 2) int32 are those of `Decoded` as tensors,
+    ``pixels`` (bytes,) uint8, ``starts`` (n,) int64 and ``sizes`` (n, 2) int32 are those of `DecodedSet` as tensors,
     ``host_sizes`` the sizes in NumPy; ``mapped`` is how many bytes of ``pixels`` are a file's, mapped into memory.
     """
 
