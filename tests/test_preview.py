@@ -17,6 +17,7 @@ from engine.command_line import parse_args
 from engine.data import Loader, decoded
 from engine.device import Precision
 from engine.preview_picture import PAIRS, Balance, Row, draw_preview
+from tests.array_files import write_npz
 from tests.data_helpers import CPU, make_folder
 
 SMALL = ("--img-size", "16", "-b", "4", "-j", "2", "--device", "cpu", "--no-amp")
@@ -88,6 +89,12 @@ def test_tiles_are_the_pixels_of_the_run(tmp_path, saved):
     np.testing.assert_allclose(shown[:, 0], plain[order[places]], atol=1e-6)
     np.testing.assert_allclose(shown[:, 1], drawn[places], atol=1e-6)
     assert np.abs(shown[:, 0] - shown[:, 1]).mean() > 0.02
+
+
+def test_a_file_of_arrays_needs_no_flag(tmp_path, saved, capsys):
+    file = write_npz(tmp_path / "arrays.npz", {"train": 12, "val": 6})
+    assert run(preview.main, [str(file), *SMALL, "--output", str(tmp_path / "a.png")]) == 0
+    assert table(capsys.readouterr().out).keys() == {"0", "1", "2", "total"}
 
 
 def test_of_a_run_on_resident_images_no_set_is_left_in_the_cache(skewed, tmp_path, saved, monkeypatch):
