@@ -100,13 +100,15 @@ def make_train_loader(
     augmentation: Augmentation | None,
 ) -> Loader:
     """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
+    sizes = tuple(config.train_img_size(epoch) for epoch in range(config.epochs))
     drawn = {"sampler": sampler, "augmentation": augmentation, "seed": config.seed}
-    return _make_loader(samples, config, device, precision, training=True, **drawn)
+    return _make_loader(samples, config, device, precision, training=True, img_size=sizes, **drawn)
 
 
 def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
     """Every image once, in order, resized and normalised, nothing else."""
-    return _make_loader(samples, config, device, precision, training=False, crop_pct=config.crop_pct)
+    shown = {"img_size": config.img_size, "crop_pct": config.crop_pct}
+    return _make_loader(samples, config, device, precision, training=False, **shown)
 
 
 def _make_loader(
@@ -116,7 +118,6 @@ def _make_loader(
         config.data_backend,
         samples,
         batch_size=config.batch_size,
-        img_size=config.img_size,
         device=device,
         dtype=precision.input_dtype,
         max_bad_fraction=config.max_bad_fraction,

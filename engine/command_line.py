@@ -175,7 +175,8 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         elif argument.pop("words", None):
             argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
         elif "nargs" in argument:
-            argument |= {"metavar": "FLOAT", "type": float}
+            number = argument.setdefault("type", float)
+            argument["metavar"] = number.__name__.upper()
             shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()

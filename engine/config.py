@@ -87,6 +87,13 @@ class Config:
     )
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
+    train_img_sizes: tuple[int, ...] = _flag(
+        (),
+        "sizes to train on one after the other, such as 128 160 192, each for as many epochs, or for one epoch more; "
+        "scoring is at --img-size, and without this flag so is training",
+        nargs="+",
+        type=int,
+    )
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
     sampling: str = _flag(
         "inverse",
@@ -226,6 +233,10 @@ class Config:
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
+        sizes = self.train_img_sizes
+        self._require(all(size >= 1 for size in sizes), "train_img_sizes", "sizes of at least 1 pixel")
+        self._require(sizes == tuple(sorted(sizes)), "train_img_sizes", "sizes that never fall")
+        self._require(len(sizes) <= max(self.epochs, 1), "train_img_sizes", "no more sizes than --epochs")
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_bad_fraction", *PROBABILITIES):
@@ -294,7 +305,9 @@ class Config:
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
-            raise UserError(f"{spelled(name)} {getattr(self, name)} does not work: it must be {what}")
+            value = getattr(self, name)
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"{spelled(name)} {given} does not work: it must be {what}")
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> Config:
@@ -303,6 +316,15 @@ class Config:
 
     def as_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def train_img_size(self, epoch: int) -> int:
+        """The size that the epoch trains on, in pixels: of as many stages of like length as there are sizes.
+
+        The schedule of Tan and Le, "EfficientNetV2", ICML 2021, whose last size may be below that of scoring, as in
+        Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019.
+        """
+        sizes = self.train_img_sizes or (self.img_size,)
+        return sizes[min(epoch * len(sizes) // self.epochs, len(sizes) - 1)]
 
     def model_options(self) -> dict[str, Any]:
         """What ``create_model`` is told beside the model's name and the number of classes."""
