@@ -64,31 +64,8 @@ def test_a_run_grows_is_scored_at_its_own_size_and_resumes_bit_for_bit(tmp_path,
         return model
 
     monkeypatch.setattr(train, "build_model", watched_model)
-    flags = [
-        "--data-dir",
-        str(folder),
-        "--model",
-        "resnet18",
-        "--img-size",
-        "40",
-        "--train-img-sizes",
-        "16",
-        "24",
-        "32",
-    ]
-    flags += [
-        "-b",
-        "8",
-        "--data-backend",
-        "resident",
-        "--epochs",
-        "3",
-        "--warmup-epochs",
-        "0",
-        "--cutmix",
-        "1",
-        "--model-ema",
-    ]
+    flags = ["--data-dir", str(folder), "--data-backend", "resident", "--model", "resnet18", "-b", "8", "--model-ema"]
+    flags += ["--img-size", "40", "--train-img-sizes", "16", "24", "32", "--epochs", "3", "--warmup-epochs", "0"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run(train.main, [*flags, "--output", str(whole)]) == 0
     of_training = [size for training, size in seen if training]
