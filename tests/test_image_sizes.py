@@ -30,13 +30,16 @@ def test_an_epoch_is_that_of_a_loader_of_its_size(tmp_path, pipeline):
     growing = make_loader(samples, img_size=(12, 12, 20), **options)
     alike = make_loader(samples, img_size=20, **options)
     next(growing.epoch(2))  # begun and left
+    held = []
     for epoch, size in ((0, 12), (2, 20), (1, 12), (7, 20)):
         ((images, labels),) = growing.epoch(epoch, start=1)
         assert images.shape == (4, 3, size, size)
+        held.append((images, images.clone()))
         if size == 20:
             _, (images_alike, labels_alike) = alike.epoch(epoch)
             assert torch.equal(images, images_alike)
             assert torch.equal(labels, labels_alike)
+    assert all(torch.equal(images, copy) for images, copy in held), "a batch is good for as long as it is held"
 
 
 def test_dali_builds_one_pipeline_a_size(tmp_path, monkeypatch):
