@@ -200,7 +200,7 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
         elif argument.pop("names", False):
-            argument |= {"metavar": "NAME", "nargs": "+"}
+            argument = {"metavar": "NAME", "nargs": "+"} | argument
             shown = ""
         elif argument.pop("words", None):
             argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}

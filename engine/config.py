@@ -14,6 +14,7 @@ from typing import Any
 from engine.config_values import checked_values
 from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
+from engine.data.held_out import DUPLICATES, TEST_METHODS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
@@ -23,6 +24,8 @@ PROBABILITIES = (
     *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
     *("minority_aug", "mixup_prob", "mixup_switch_prob"),
 )
+SELECT_ON = {"validation": "val", "test": "test"}
+"""What the best epoch can be chosen on, and how the columns of summary.csv with its figures begin."""
 CLASS_WEIGHTS = ("none", "balanced", "effective")
 
 
@@ -46,6 +49,35 @@ class Config:
     val_csv: str | None = _flag(None, "manifest of the validation images", type=str)
     test_csv: str | None = _flag(None, "manifest of the test images", type=str)
     allow_links: bool = _flag(False, "follow links that lead out of --data-dir", switch=True)
+    classes: tuple[str, ...] = _flag((), "take the images of these classes only", names=True)
+    exclude: tuple[str, ...] = _flag(
+        (),
+        "leave out the files whose names match one of these patterns, such as '*_mask*.png'",
+        names=True,
+        metavar="PATTERN",
+    )
+    label_regex: str | None = _flag(
+        None,
+        "take the label of an image in --data-dir from its name, such as 'class(.)[.]png', not from its folder",
+        type=str,
+    )
+    group_regex: str | None = _flag(
+        None,
+        r"take the group, which no two sets may share, from the name of an image, such as 'patient(\d+)_'",
+        type=str,
+    )
+    group_duplicates: str = _flag(
+        "none",
+        "keep on one side of what is taken from train: identical, files of the same bytes; near, also pictures that "
+        "are nearly the same",
+        choices=DUPLICATES,
+    )
+    test_fraction: float = _flag(
+        0.0, "share of each training class held out for testing where no test images are given", type=float
+    )
+    test_method: str = _flag(
+        "stratified", "which those are: by chance; or first, the first ones by name", choices=tuple(TEST_METHODS)
+    )
     val_fraction: float = _flag(
         0.15, "share of each training class held out for validation where none is given", type=float
     )
@@ -207,6 +239,12 @@ class Config:
     eval_metric: str = _flag(
         "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
     )
+    select_on: str = _flag(
+        "validation",
+        "images that the best epoch is chosen on; with test the figures are optimistic, which is then said, and no "
+        "validation images are taken from train",
+        choices=tuple(SELECT_ON),
+    )
     sensitivity: tuple[float, ...] = _flag(
         (),
         "report the specificity at these sensitivities of the positive class, of more than two of each; the thresholds "
@@ -243,6 +281,7 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        self._require(0 <= self.test_fraction < 1, "test_fraction", "at least 0 and below 1")
         self._require(
             self.imbalance_ratio is None or 0 < self.imbalance_ratio <= 1, "imbalance_ratio", "above 0 and at most 1"
         )

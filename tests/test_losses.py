@@ -208,10 +208,11 @@ def test_cosine_classifier_scales_cosines_by_30():
         ({"class_weights": "balanced", "sampling": "none"}, None),
         ({"loss": "logit-adjustment", "sampling": "none"}, None),
         ({"class_weights": (1.0, 3.0)}, None),
+        ({"class_weights": "balanced", "sampling": "power", "sampling_alpha": 0.1}, None),
         ({}, None),
     ),
 )
 def test_a_sampler_and_a_loss_that_make_up_for_the_same_are_told(options, flag):
-    line = twice_corrected(Config(**options))
+    line = twice_corrected(Config(**options), np.array([90, 0, 30]))
     assert (line is None) == (flag is None)
     assert line is None or f"--sampling {Config(**options).sampling} and {flag} both" in line
