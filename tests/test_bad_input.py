@@ -150,7 +150,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
     ("flags", "message"),
     (
         (("--fuesd-se",), "--fuesd-se"),
-        (("--recipe", "cifar"), "--recipe cifar: no such recipe; name a YAML file or one of: digits"),
+        (("--recipe", "cifar"), "--recipe cifar: no such recipe; name a YAML file or one of: "),
         (("--lr", "fast"), "--lr"),
         (("--lr", "-1"), "--lr -1.0 does not work"),
         (("--epochs", "0"), "--epochs 0"),
