@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_cifar50_lt_from_the_published_files(tmp_path):
     write_cifar100(tmp_path, train=52 * 10, test=52 * 2, fine=(*FIFTY, "mouse", "mushroom"))
     output = tmp_path / "run"
     argv = ["--recipe", "cifar50-lt", "--data-dir", str(tmp_path), "--imbalance-ratio", "0.1", "--sampling", "inverse"]
-    assert run(train.main, [*argv, "--epochs", "1", "--lr", "1e-2", "--output", str(output)]) == 0
+    assert run(train.main, [*argv, "--epochs", "1", "--lr", "1e-2", "--img-size", "32", "--output", str(output)]) == 0
     metrics = require_sklearns_figures(output)
     assert metrics["split"] == "test"
     assert {name: of["support"] for name, of in metrics["per_class"].items()} == dict.fromkeys(FIFTY, 2)
@@ -36,6 +37,10 @@ def test_cifar50_lt_from_the_published_files(tmp_path):
     both = splits.train.class_counts() + splits.val.class_counts()
     assert both.tolist() == [max(1, int(10 * 0.1 ** (x / 49))) for x in range(50)]
     assert (splits.train.class_counts().min(), splits.val.class_counts().min()) == (1, 0)
+    points = tmp_path / "points.json"
+    assert run(evaluate.main, [str(output), "--sensitivity", "0.5", "--output", str(points)]) == 0
+    chosen_on = [point["chosen_on"] for point in json.loads(points.read_text())["operating_points"]]
+    assert chosen_on == splits.val.class_counts().tolist()
     drawn = (output / "sampling.csv").read_text().splitlines()[1:]
     expected = [float(line.split(",")[-2]) for line in drawn]
     assert expected == pytest.approx([len(splits.train) / 50] * 50, abs=1e-3)
