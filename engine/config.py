@@ -26,7 +26,7 @@ PROBABILITIES = (
 )
 SELECT_ON = {"validation": "val", "test": "test"}
 """What the best epoch can be chosen on, and how the columns of summary.csv with its figures begin."""
-CLASS_WEIGHTS = ("none", "balanced", "effective")
+CLASS_WEIGHTS = ("none", "balanced", "sqrt", "effective")
 
 
 def _flag(default: Any, help: str, *, short: str | None = None, **argument: Any) -> Any:
@@ -216,8 +216,8 @@ class Config:
     mixup_switch_prob: float = _flag(0.5, "probability of CutMix for a mixed batch, where both are on", type=float)
     class_weights: str | tuple[float, ...] = _flag(
         "none",
-        "weigh the loss of a class of c images: balanced, by 1/c as scikit-learn does; effective, by "
-        "(1-beta)/(1-beta^c); or by numbers, one a class in sorted order",
+        "weigh the loss of a class of c images: balanced, by 1/c as scikit-learn does; sqrt, by 1/sqrt(c); effective, "
+        "by (1-beta)/(1-beta^c); or by numbers, one a class in sorted order",
         words=CLASS_WEIGHTS,
     )
     class_weights_beta: float = _flag(0.999, "beta of --class-weights effective", type=float)

@@ -62,17 +62,17 @@ def _criterion(config: Config, counts: np.ndarray, weights: np.ndarray | None) -
 def class_weights(config: Config, counts: np.ndarray) -> np.ndarray | None:
     """(classes,) float64 of ``config.class_weights``, or None for "none".
 
-    "balanced" is n / (classes * count), scikit-learn's. "effective" is in proportion to (1 - beta) / (1 - beta^count)
-    and sums to the number of classes (Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
-    2019).
+    "balanced" is n / (classes * count), scikit-learn's. The others sum to the number of classes: "sqrt" is in
+    proportion to 1 / sqrt(count), "effective" to (1 - beta) / (1 - beta^count) (Cui et al., "Class-Balanced Loss Based
+    on Effective Number of Samples", CVPR 2019).
     """
     wanted, classes = config.class_weights, len(counts)
     if wanted == "none":
         return None
     if wanted == "balanced":
         return counts.sum() / (classes * counts)
-    if wanted == "effective":
-        weights = effective_weights(counts, config.class_weights_beta)
+    if wanted in ("sqrt", "effective"):
+        weights = counts**-0.5 if wanted == "sqrt" else effective_weights(counts, config.class_weights_beta)
         return weights * (classes / weights.sum())
     if len(wanted) != classes:
         raise UserError(
@@ -92,7 +92,7 @@ def twice_corrected(config: Config, counts: np.ndarray) -> str | None:
         return None
     if config.loss == "logit-adjustment":
         flag = "--loss logit-adjustment"
-    elif config.class_weights in ("balanced", "effective"):
+    elif config.class_weights in ("balanced", "sqrt", "effective"):
         flag = f"--class-weights {config.class_weights}"
         if _correction(config, counts[counts > 0]) <= MOST_CORRECTION:
             return None

@@ -101,7 +101,8 @@ def find_given_duplicates(parts: Sequence[Samples], *, near: bool, workers: int)
         return None
     files = [file for part in parts for file in part.files]
     first, second = (printable(files[i]) for i in (leaks[0].first, leaks[0].second))
-    return f"{len(leaks)} duplicates in two of the given sets, such as {first} and {second} ({leaks[0].why})"
+    kind = "near or identical" if near else "identical"
+    return f"{len(leaks)} {kind} in two of the given sets, such as {first} and {second} ({leaks[0].why})"
 
 
 def _describe_ties(tied: Sequence[str], labels: np.ndarray) -> str:
@@ -112,8 +113,8 @@ def _describe_ties(tied: Sequence[str], labels: np.ndarray) -> str:
     if not sets:
         return "no duplicates"
     contradictory = sum(len(set(own)) > 1 for own in sets)
-    told = f"{sum(map(len, sets))} images in {len(sets)} sets of duplicates kept on one side"
-    return f"{told}, {contradictory} of these under several labels" if contradictory else told
+    told = f"{sum(map(len, sets))} images in {len(sets)} set{'s' * (len(sets) > 1)} of duplicates kept on one side"
+    return f"{told}, {contradictory} of them under several labels" if contradictory else told
 
 
 def _validation_groups(train: Samples, fraction: float, seed: int) -> np.ndarray:
