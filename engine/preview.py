@@ -21,10 +21,10 @@ from engine.cli import run
 from engine.command_line import add_run_flags, make_parser, resolve
 from engine.config import Config
 from engine.data import Augmentation, Loader, Samples, WeightedSampler, check_images
+from engine.data.array_sources import holds_arrays
 from engine.data.augment import Drawn, class_rarity
 from engine.data.listing import printable, write_all
 from engine.data.resident import decoded_for_now
-from engine.data.splits import holds_arrays
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.output import free_file
@@ -118,7 +118,7 @@ def _images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images ``indices`` as they are scored and as they are trained on at ``places`` of the epoch.
 
-    Both (n, img_size, img_size, 3) float32 in [0, 1].
+    Both (n, S, S, 3) float32 in [0, 1], of the sizes that each has.
     """
     device = pick_device(config.device)
     precision = Precision(device, config.amp, config.amp_dtype)
@@ -177,7 +177,7 @@ def _caption(config: Config, images: int, draws: int, epoch: int) -> str:
     mixed = ", before MixUp and CutMix" if config.mixup > 0 or config.cutmix > 0 else ""
     return (
         f"epoch {epoch}: {draws:,} draws from {images:,} training images, sampling {sampling}; "
-        f"seed {config.seed}, {config.img_size} px, {config.data_backend}{mixed}"
+        f"seed {config.seed}, {config.train_img_size(epoch)} px, {config.data_backend}{mixed}"
     )
 
 
