@@ -55,10 +55,15 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
     lines = [_joined(totals), _joined({name: metrics[key] for name, key in _MORE_TOTALS.items()})]
     if "intervals" in metrics:
         ends = (f"{name} {_range(metrics['intervals'][key])}" for name, key in _WITH_INTERVALS.items())
-        lines.append("95% intervals:   " + "   ".join(ends))
+        of_groups = f" (of {metrics['groups']} groups)" if "groups" in metrics else ""
+        lines.append(f"95% intervals{of_groups}:   " + "   ".join(ends))
     if "calibrated" in metrics:
         calibrated = {name: metrics["calibrated"][name.lower()] for name in ("ECE", "loss", "Brier")}
-        lines.append(f"at temperature {metrics['temperature']:.4g}:   {_joined(calibrated)}")
+        # of several folds each has its own
+        value = (
+            "each fold's temperature" if metrics["temperature"] is None else f"temperature {metrics['temperature']:.4g}"
+        )
+        lines.append(f"at {value}:   {_joined(calibrated)}")
     if "positive_class" in metrics:
         figures = _joined({name.replace("_", " "): metrics[name] for name in BINARY_METRIC_NAMES})
         lines.append(f"positive class {metrics['positive_class']}:   {figures}")
