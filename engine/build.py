@@ -28,6 +28,8 @@ def open_data(config: Config) -> Splits:
         val_csv=config.val_csv,
         test_csv=config.test_csv,
         val_fraction=config.val_fraction,
+        folds=config.folds,
+        fold=config.fold or 0,
         seed=config.seed,
         allow_links=config.allow_links,
     )
@@ -38,6 +40,11 @@ def open_data(config: Config) -> Splits:
             f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
         )
     return splits
+
+
+def scored_folder(config: Config) -> Path:
+    """What the names of a run's own test or validation images are relative to in predictions.csv."""
+    return data_folder(config.data_dir, config.csv if config.folds is not None else config.test_csv or config.csv)
 
 
 def data_folder(data_dir: str | None, csv: str | None) -> Path:

@@ -49,6 +49,10 @@ class Config:
     val_fraction: float = _flag(
         0.15, "share of each training class held out for validation where none is given", type=float
     )
+    folds: int | None = _flag(
+        None, "divide all but the data's own test images into so many folds, and test on --fold", type=int
+    )
+    fold: int | None = _flag(None, "number of the fold to test on, from 0", type=int)
     max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
     num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
 
@@ -226,6 +230,7 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        self._require(self.folds is None or self.folds >= 2, "folds", "at least 2")
         for name in ("smoothing", "drop", "model_ema_decay", "class_weights_beta"):
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         for name in ("focal_gamma", "tau", "l2_loss"):
@@ -252,6 +257,14 @@ class Config:
         self._require_what_goes_together()
 
     def _require_what_goes_together(self) -> None:
+        if self.folds is None and self.fold is not None:
+            raise UserError(f"--fold {self.fold} does nothing without --folds; say of how many, or leave it out")
+        if self.folds is not None and (self.fold is None or not 0 <= self.fold < self.folds):
+            given = "needs --fold" if self.fold is None else f"does not go with --fold {self.fold}"
+            raise UserError(
+                f"--folds {self.folds} {given}: one of 0 to {self.folds - 1}, or all of them by "
+                "python -m engine.cross_validate"
+            )
         if self.loss == "ldam":
             for name in ("smoothing", "mixup", "cutmix"):
                 if getattr(self, name):

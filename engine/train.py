@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from engine.build import (
     build_model,
-    data_folder,
     make_augmentation,
     make_eval_loader,
     make_sampler,
     make_train_loader,
     open_data,
+    scored_folder,
 )
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
@@ -368,7 +368,7 @@ def _final_score(
     if splits.test is not None:
         test_loader = make_eval_loader(splits.test, config, device, precision)
         split, scored = "test", scored_images(test_loader)
-    folder = data_folder(config.data_dir, config.test_csv or config.csv)
+    folder = scored_folder(config)
     run_dir.write_predictions(scored.predictions(folder))
     for head, of_head in scored.heads.items():
         run_dir.write_predictions(of_head.predictions(folder), head)

@@ -18,6 +18,7 @@ from engine.data.cifar import find_cifar, read_cifar
 from engine.data.counter import Purpose, generator
 from engine.data.digits import write_digits
 from engine.data.folder import read_known_classes, read_splits_folder, require_folder
+from engine.data.folds import hold_out_fold
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
 from engine.data.splitting import split_groups
@@ -33,6 +34,8 @@ def open_splits(
     val_csv: StrPath | None = None,
     test_csv: StrPath | None = None,
     val_fraction: float = 0.15,
+    folds: int | None = None,
+    fold: int = 0,
     seed: int = 0,
     allow_links: bool = False,
 ) -> Splits:
@@ -47,6 +50,8 @@ def open_splits(
             a column ``split`` that of all three.
         val_fraction: the part of train, class by class, that becomes the validation set where none is given: at least
             one image of every class that has two, never the whole of a class. Where a manifest has groups, whole ones.
+        folds, fold: of train and validation together (``engine.data.folds``), test is fold number ``fold`` of
+            0 ... ``folds`` - 1, and validation a part of the others; a test set that the data has itself is left alone.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
         allow_links: follow links that lead out of ``data_dir``.
 
@@ -68,7 +73,13 @@ def open_splits(
         source = str(data_dir) if data_dir is not None else "embedded digits"
         root = Path(data_dir) if data_dir is not None else write_digits()
         train, val, test = read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
-    origin = "given"
+    origin, held_out = "given", ""
+    if folds is not None:
+        _refuse_shared(train, val, test)
+        own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
+        held_out = f" (fold {fold} of 0 to {folds - 1}{own})"
+        train, test = hold_out_fold(train, val, folds, fold, seed)
+        val = None
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
         origin = f"taken from train, {val_fraction:.0%} of each class"
@@ -76,7 +87,7 @@ def open_splits(
 
     description = (
         f"{source}: {len(train.class_names)} classes, train {len(train)}, val {len(val)} ({origin}), "
-        f"test {len(test) if test is not None else 'none'}"
+        f"test {len(test) if test is not None else 'none'}{held_out}"
     )
     return Splits(train, val, test, description)
 
@@ -202,7 +213,7 @@ def _validation_images(train: Samples, fraction: float, seed: int) -> np.ndarray
     return is_val
 
 
-def _refuse_shared(train: Samples, val: Samples, test: Samples | None) -> None:
+def _refuse_shared(train: Samples, val: Samples | None, test: Samples | None) -> None:
     """Raises UserError where a file, or a group of the manifest's, is in two of the sets."""
     parts = [(split, samples) for split, samples in (("train", train), ("val", val), ("test", test)) if samples]
     file_in: dict[str, str] = {}
