@@ -24,7 +24,7 @@ from engine.predictions import Predictions, read_predictions
 from engine.run import RunDirectory
 from tests.image_folders import COLOURS, write_folder, write_image
 
-FLAGS = ("--model", "resnet18", "--img-size", "16", "-b", "8", "-j", "1", "--warmup-epochs", "0", "--opt", "momentum")
+FLAGS = ("--model", "resnet18", "--img-size", "16", "-b", "12", "-j", "1", "--warmup-epochs", "0", "--opt", "momentum")
 QUICK = (*FLAGS, "--data-backend", "resident", "--lr", "2e-2")
 SHORT = (*QUICK, "--epochs", "2", "--val-fraction", "0.3", "--sensitivity", "0.8")
 FOLDS = 3
@@ -191,6 +191,7 @@ def test_pooled_figures_follow_from_the_table_and_those_over_folds_from_the_fold
         "brier": sklearn.metrics.brier_score_loss(truth, scores),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert all(0 < value < 1 for value in expected.values()), "or it would say little"
     assert (metrics["split"], metrics["intervals_by"], metrics["groups"]) == ("out of fold", "group", 18)
 
     of_folds = [metrics_of(finished / f"fold{fold}") for fold in range(FOLDS)]
