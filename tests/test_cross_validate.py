@@ -14,7 +14,7 @@ import torch
 from engine import cross_validate, evaluate, train
 from engine.cli import run
 from engine.data import Samples, open_splits
-from engine.data.folds import hold_out_fold
+from engine.data.folds import hold_out_fold, join
 from engine.data.samples import Head
 from engine.errors import UserError
 from engine.metric_report import format_reports
@@ -41,7 +41,7 @@ def test_every_image_is_in_one_fold_whatever_the_order_and_no_group_in_two(group
     labels = [0] * 23 + [1] * 12 + [2] * 6
     train = samples(labels, [f"p{i // 2}" for i in range(41)] if grouped else None)
     val = samples([0, 1, 2, 2], [f"q{i}" for i in range(4)] if grouped else None, "val ")
-    divided = [hold_out_fold(train, val, 4, fold, seed) for fold in range(4)]
+    divided = [hold_out_fold(join(train, val), 4, fold, seed) for fold in range(4)]
     assert sorted(file for _, held_out in divided for file in held_out.files) == sorted(train.files + val.files)
     for rest, held_out in divided:
         assert sorted(rest.files + held_out.files) == sorted(train.files + val.files)
@@ -49,9 +49,9 @@ def test_every_image_is_in_one_fold_whatever_the_order_and_no_group_in_two(group
         assert (rest.class_counts() > 0).all()
         assert (np.abs(held_out.class_counts() - np.array([24, 13, 8]) / 4) <= (2 if grouped else 1)).all()
     mixed = np.random.default_rng(0).permutation(41)
-    again = hold_out_fold(train.subset(mixed), val, 4, 2, seed)[1]
+    again = hold_out_fold(join(train.subset(mixed), val), 4, 2, seed)[1]
     assert set(again.files) == set(divided[2][1].files)
-    assert set(hold_out_fold(train, val, 4, 2, seed + 1)[1].files) != set(again.files)
+    assert set(hold_out_fold(join(train, val), 4, 2, seed + 1)[1].files) != set(again.files)
 
 
 def test_columns_and_pixels_of_validation_come_along():
@@ -62,7 +62,7 @@ def test_columns_and_pixels_of_validation_come_along():
     train = samples([0, 0, 1, 1, 2, 2], heads={"h": head}, **{name: values[:6] for name, values in options.items()})
     of_val = {name: values[6:] for name, values in options.items()}
     val = samples([0, 1, 2], prefix="val ", heads={"h": Head(("x", "y"), np.array([1, 1, -1]))}, **of_val)
-    rest, held_out = hold_out_fold(train, val, 3, 0, 0)
+    rest, held_out = hold_out_fold(join(train, val), 3, 0, 0)
     assert rest.pixels.strides[3] == 0
     told = {file: i for i, file in enumerate(train.files + val.files)}
     for part in (rest, held_out):
@@ -71,19 +71,19 @@ def test_columns_and_pixels_of_validation_come_along():
         assert np.array_equal(part.pixels, grey[chosen])
         assert part.heads["h"].labels.tolist() == [[0, 1, -1, 0, 1, 0, 1, 1, -1][i] for i in chosen]
     with pytest.raises(UserError, match=r"val has a column weight and train, .* has none; give it to both"):
-        hold_out_fold(samples([0, 1, 2]), samples([0, 1, 2], prefix="val ", weights=np.ones(3)), 2, 0, 0)
+        join(samples([0, 1, 2]), samples([0, 1, 2], prefix="val ", weights=np.ones(3)))
 
 
 def test_what_cannot_be_divided_is_refused_for_every_fold():
     with pytest.raises(UserError, match="--folds 7: 6 images cannot make as many; ask for fewer"):
-        hold_out_fold(samples([0, 0, 1, 1, 2, 2]), None, 7, 0, 0)
+        hold_out_fold(samples([0, 0, 1, 1, 2, 2]), 7, 0, 0)
     with pytest.raises(UserError, match="--folds 3: 2 groups cannot make as many"):
-        hold_out_fold(samples([0, 0, 1, 1], list("pqpq")), None, 3, 0, 0)
+        hold_out_fold(samples([0, 0, 1, 1], list("pqpq")), 3, 0, 0)
     for fold in range(2):
         with pytest.raises(UserError, match=r"class 'c' is in fold \d alone"):
-            hold_out_fold(samples([0, 0, 1, 1, 2]), None, 2, fold, 0)
+            hold_out_fold(samples([0, 0, 1, 1, 2]), 2, fold, 0)
         with pytest.raises(UserError, match=r"class 'b' is in fold \d alone.* it has too few groups"):
-            hold_out_fold(samples([0, 0, 0, 1, 1, 1], list("pqrsss")), None, 2, fold, 0)
+            hold_out_fold(samples([0, 0, 0, 1, 1, 1], list("pqrsss")), 2, fold, 0)
 
 
 def write_manifest(folder: Path) -> Path:

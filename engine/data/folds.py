@@ -9,16 +9,15 @@ from engine.data.splitting import fold_stratified, split_groups
 from engine.errors import UserError
 
 
-def hold_out_fold(train: Samples, val: Samples | None, folds: int, fold: int, seed: int) -> tuple[Samples, Samples]:
-    """What is left to train and validate on, and the fold, of all images of ``train`` and ``val``.
+def hold_out_fold(samples: Samples, folds: int, fold: int, seed: int) -> tuple[Samples, Samples]:
+    """What is left to train and validate on, and the images of fold number ``fold`` of 0 ... ``folds`` - 1.
 
-    Each is in one fold, class by class at random, or whole groups where they have any; which one is a pure function of
-    names, labels, groups and seed.
+    Each image is in one fold, class by class at random, or whole groups where they have any; which one is a pure
+    function of names, labels, groups and seed.
 
     Raises:
         UserError: fewer images or groups than folds, or a class that is in one fold alone, or in one image or group.
     """
-    samples = train if val is None else _joined(train, val)
     classes = len(samples.class_names)
     units, what = (len(samples), "images") if samples.groups is None else (len(set(samples.groups)), "groups")
     if units < folds:
@@ -37,8 +36,11 @@ def hold_out_fold(train: Samples, val: Samples | None, folds: int, fold: int, se
     return samples.subset(np.flatnonzero(fold_of != fold)), samples.subset(np.flatnonzero(fold_of == fold))
 
 
-def _joined(train: Samples, val: Samples) -> Samples:
-    """Raises UserError where only one of them has groups, weights or a further label."""
+def join(train: Samples, val: Samples) -> Samples:
+    """The images of both, of the same classes, which folds are to be made of.
+
+    Raises UserError where one alone has groups, weights or a further label, or their arrays differ in size.
+    """
     heads = train.heads.keys() | val.heads.keys()
     columns = {
         "group": (train.groups, val.groups),

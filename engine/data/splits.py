@@ -18,7 +18,7 @@ from engine.data.cifar import find_cifar, read_cifar
 from engine.data.counter import Purpose, generator
 from engine.data.digits import write_digits
 from engine.data.folder import read_known_classes, read_splits_folder, require_folder
-from engine.data.folds import hold_out_fold
+from engine.data.folds import hold_out_fold, join
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
 from engine.data.splitting import split_groups
@@ -73,17 +73,16 @@ def open_splits(
         source = str(data_dir) if data_dir is not None else "embedded digits"
         root = Path(data_dir) if data_dir is not None else write_digits()
         train, val, test = read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
+    _refuse_shared(train, val, test)
     origin, held_out = "given", ""
     if folds is not None:
-        _refuse_shared(train, val, test)
         own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
         held_out = f" (fold {fold} of 0 to {folds - 1}{own})"
-        train, test = hold_out_fold(train, val, folds, fold, seed)
-        val = None
+        train, val = train if val is None else join(train, val), None
+        train, test = hold_out_fold(train, folds, fold, seed)
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
         origin = f"taken from train, {val_fraction:.0%} of each class"
-    _refuse_shared(train, val, test)
 
     description = (
         f"{source}: {len(train.class_names)} classes, train {len(train)}, val {len(val)} ({origin}), "
