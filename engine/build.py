@@ -31,6 +31,8 @@ def open_data(config: Config) -> Splits:
         val_csv=config.val_csv,
         test_csv=config.test_csv,
         val_fraction=None if config.select_on == "test" else config.val_fraction,
+        folds=config.folds,
+        fold=config.fold or 0,
         seed=config.seed,
         allow_links=config.allow_links,
         selection=make_selection(config),
@@ -67,6 +69,11 @@ def selected_on(splits: Splits, config: Config) -> Samples:
     chosen = splits.test if config.select_on == "test" else splits.val
     assert chosen is not None, "open_data sees to it"
     return chosen
+
+
+def scored_folder(config: Config) -> Path:
+    """What the names of a run's own test or validation images are relative to in predictions.csv."""
+    return data_folder(config.data_dir, config.csv if config.folds is not None else config.test_csv or config.csv)
 
 
 def data_folder(data_dir: str | None, csv: str | None) -> Path:

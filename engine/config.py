@@ -87,6 +87,10 @@ class Config:
         "n * U^(x/(k-1)) images, where U is this",
         type=float,
     )
+    folds: int | None = _flag(
+        None, "divide all but the data's own test images into so many folds, and test on --fold", type=int
+    )
+    fold: int | None = _flag(None, "number of the fold to test on, from 0", type=int)
     max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
     num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
 
@@ -285,6 +289,7 @@ class Config:
         self._require(
             self.imbalance_ratio is None or 0 < self.imbalance_ratio <= 1, "imbalance_ratio", "above 0 and at most 1"
         )
+        self._require(self.folds is None or self.folds >= 2, "folds", "at least 2")
         for name in ("smoothing", "drop", "model_ema_decay", "class_weights_beta"):
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         for name in ("focal_gamma", "tau", "l2_loss"):
@@ -311,6 +316,19 @@ class Config:
         self._require_what_goes_together()
 
     def _require_what_goes_together(self) -> None:
+        if self.folds is None and self.fold is not None:
+            raise UserError(f"--fold {self.fold} does nothing without --folds; say of how many, or leave it out")
+        if self.folds is not None and (self.fold is None or not 0 <= self.fold < self.folds):
+            given = "needs --fold" if self.fold is None else f"does not go with --fold {self.fold}"
+            raise UserError(
+                f"--folds {self.folds} {given}: one of 0 to {self.folds - 1}, or all of them by "
+                "python -m engine.cross_validate"
+            )
+        if self.folds is not None and self.select_on == "test":
+            raise UserError(
+                "--select-on test does not go with --folds, whose figures are those of images that chose nothing; "
+                "leave one out"
+            )
         if self.loss == "ldam":
             for name in ("smoothing", "mixup", "cutmix"):
                 if getattr(self, name):

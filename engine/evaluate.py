@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.build import data_folder, make_eval_loader, make_selection, open_data, selected_on
+from engine.build import data_folder, make_eval_loader, make_selection, open_data, scored_folder, selected_on
 from engine.checkpoint import write_atomically
 from engine.cli import ArgumentParser, run
 from engine.config import Config
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         validation = scored_images(_readable("validation", held_out, config))
     if args.predictions:
         own = args.data_dir is None and args.csv is None
-        folder = data_folder(*(config.data_dir, config.test_csv or config.csv) if own else (args.data_dir, args.csv))
+        folder = scored_folder(config) if own else data_folder(args.data_dir, args.csv)
         path = Path(args.predictions)
         write_predictions(path, scored.predictions(folder))
         for head, of_head in scored.heads.items():

@@ -20,6 +20,14 @@ _WITH_INTERVALS = {
     "macro-F1": "macro_f1",
     "AUROC": "auroc_macro_ovr",
 }
+_FOLD_COLUMNS = {
+    "accuracy": "accuracy",
+    "balanced accuracy": "balanced_accuracy",
+    "macro-F1": "macro_f1",
+    "AUROC": "auroc_macro_ovr",
+    "AP": "average_precision_macro",
+    "loss": "loss",
+}
 _CLASS_COLUMNS = {
     "precision": "precision",
     "recall": "recall",
@@ -44,7 +52,7 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
 
     Lines of totals, a table with a row for each class, one of the operating points where there are any, and the
     confusion matrix; where that is wider than the terminal even with numbers for names, its largest off-diagonal cells
-    instead.
+    instead. Of a cross-validation also a table with a row for each fold.
     """
     totals = {
         "accuracy": metrics["accuracy"],
@@ -58,10 +66,15 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
     lines += [_joined(totals), _joined({name: metrics[key] for name, key in _MORE_TOTALS.items()})]
     if "intervals" in metrics:
         ends = (f"{name} {_range(metrics['intervals'][key])}" for name, key in _WITH_INTERVALS.items())
-        lines.append("95% intervals:   " + "   ".join(ends))
+        of_groups = f" (of {metrics['groups']} groups)" if "groups" in metrics else ""
+        lines.append(f"95% intervals{of_groups}:   " + "   ".join(ends))
     if "calibrated" in metrics:
         calibrated = {name: metrics["calibrated"][name.lower()] for name in ("ECE", "loss", "Brier")}
-        lines.append(f"at temperature {metrics['temperature']:.4g}:   {_joined(calibrated)}")
+        # of several folds each has its own
+        value = (
+            "each fold's temperature" if metrics["temperature"] is None else f"temperature {metrics['temperature']:.4g}"
+        )
+        lines.append(f"at {value}:   {_joined(calibrated)}")
     if "positive_class" in metrics:
         figures = _joined({name.replace("_", " "): metrics[name] for name in BINARY_METRIC_NAMES})
         lines.append(f"positive class {metrics['positive_class']}:   {figures}")
@@ -78,7 +91,14 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
     if "operating_points" in metrics:
         these = "these very images: in-sample" if metrics.get("split") == "validation" else "the validation images"
         lines += [f"Operating points (thresholds chosen on {these})", "", *_operating_points(metrics), ""]
-    return "\n".join([*lines, title, "", *confusion_table])
+    lines += [title, "", *confusion_table]
+    if "folds" in metrics:
+        lines += ["", "Folds, their mean and standard deviation, and all images together", "", *_fold_table(metrics)]
+        lines += [
+            "",
+            "AUROC and AP of all together compare scores of different models, which need not be on one scale.",
+        ]
+    return "\n".join(lines)
 
 
 def _joined(figures: Mapping[str, float | None]) -> str:
@@ -109,6 +129,18 @@ def _operating_points(metrics: Mapping[str, Any]) -> list[str]:
         threshold = "-" if point["threshold"] is None else f"{point['threshold']:.3g}"
         chosen = [f"{point['wanted_sensitivity']:g}", threshold, str(point["chosen_on"])]
         rows.append([_shortened(point["class"]), *chosen, *tried])
+    return _aligned(rows)
+
+
+def _fold_table(metrics: Mapping[str, Any]) -> list[str]:
+    rows = [["fold", "images", "epoch", *_FOLD_COLUMNS]]
+    for fold in metrics["folds"]:
+        told = [str(fold["fold"]), str(fold["images"]), str(fold.get("epoch", ""))]
+        rows.append([*told, *(_figure(fold[key]) for key in _FOLD_COLUMNS.values())])
+    for name in ("mean", "sd"):
+        rows.append([name, "", "", *(_figure(metrics["over_folds"][key][name]) for key in _FOLD_COLUMNS.values())])
+    images = sum(fold["images"] for fold in metrics["folds"])
+    rows.append(["pooled", str(images), "", *(_figure(metrics[key]) for key in _FOLD_COLUMNS.values())])
     return _aligned(rows)
 
 

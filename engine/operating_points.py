@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.intervals import wilson_interval
+from engine.intervals import proportion_interval
 
 
 def sensitivity_threshold(scores: Tensor, positive: Tensor, sensitivity: float) -> float | None:
@@ -30,17 +30,19 @@ def operating_points(
     class_names: Sequence[str],
     sensitivities: Sequence[float],
     positive_class: str | None = None,
+    groups: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """What ``metrics.json`` holds as ``operating_points``: an entry for each class and wanted sensitivity.
 
     An image is called positive where the probability of the class is at least ``threshold``: the largest one that gives
     the wanted sensitivity on the ``chosen_on`` images of the class in the first set, of which one or two tell little.
-    ``sensitivity`` and ``specificity`` are those on the second set, with Wilson's 95% intervals; what there are no
-    images for is None.
+    ``sensitivity`` and ``specificity`` are those on the second set, with Wilson's 95% intervals
+    (`engine.intervals.proportion_interval`); what there are no images for is None.
 
     Args:
         chosen_on, tried_on: probabilities (N, classes) and labels (N,).
         positive_class: the one class to do this for; None: each against the rest.
+        groups: of the images of the second set.
     """
     points = []
     for label, name in enumerate(class_names):
@@ -57,14 +59,21 @@ def operating_points(
                 "chosen_on": int((labels == label).sum()),
             }
             called = None if threshold is None else tried_scores[:, label] >= threshold
-            point |= _proportion("sensitivity", None if called is None else called[positive])
-            point |= _proportion("specificity", None if called is None else ~called[~positive])
-            points.append(point)
+            points.append(point | tried(called, positive, groups))
     return points
 
 
-def _proportion(name: str, right: Tensor | None) -> dict[str, Any]:
-    if right is None or not len(right):
-        return {name: None, f"{name}_interval": None}
-    successes, trials = int(right.sum()), len(right)
-    return {name: successes / trials, f"{name}_interval": wilson_interval(successes, trials)}
+def tried(called: Tensor | None, positive: Tensor, groups: Sequence[str] | None) -> dict[str, Any]:
+    """``sensitivity`` and ``specificity`` with their intervals, of what was ``called`` and is ``positive``, (n,) bool.
+
+    None of what there is no image for, and of all where ``called`` is None.
+    """
+    if called is None:
+        return dict.fromkeys(f"{name}{end}" for name in ("sensitivity", "specificity") for end in ("", "_interval"))
+    found: dict[str, Any] = {}
+    for name, of in (("sensitivity", positive), ("specificity", ~positive)):
+        right = (called == positive)[of]
+        own = groups and [groups[i] for i in of.nonzero().flatten().tolist()]
+        found[name] = right.double().mean().item() if len(right) else None
+        found[f"{name}_interval"] = proportion_interval(right, own)
+    return found

@@ -16,6 +16,7 @@ from engine.data.listing import printable
 from engine.errors import UserError
 
 _FIRST_COLUMNS = ("filename", "truth", "prediction")
+_FURTHER_COLUMNS = ("group", "fold")
 _PROBABILITY = "prob_"
 
 
@@ -29,6 +30,8 @@ class Predictions:
         labels: (n,) int64, the truth.
         predictions: (n,) int64.
         probabilities: (n, classes) float64.
+        groups: n names of what belongs together, such as patients; None where the images have none.
+        folds: n numbers of the fold that each was in; None where there are none.
     """
 
     files: tuple[str, ...]
@@ -36,23 +39,29 @@ class Predictions:
     labels: Tensor
     predictions: Tensor
     probabilities: Tensor
+    groups: tuple[str, ...] | None = None
+    folds: tuple[int, ...] | None = None
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Writes a row an image: ``filename,truth,prediction``, and a column ``prob_CLASS`` for each class.
+    """Writes a row an image: ``filename,truth,prediction``, ``group`` and ``fold`` where there are any, and a column
+    ``prob_CLASS`` for each class.
 
     Numbers are written with as many digits as make them exactly what they were, so that any figure can be computed from
     the file again. Raises UserError where it cannot be written.
     """
     names = predictions.class_names
+    further = {"group": predictions.groups, "fold": predictions.folds}
+    told = {column: list(map(str, values)) for column, values in further.items() if values is not None}
 
     def write(unfinished: Path) -> None:
         with unfinished.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*_FIRST_COLUMNS, *(_PROBABILITY + name for name in names)])
+            writer.writerow([*_FIRST_COLUMNS, *told, *(_PROBABILITY + name for name in names)])
             columns = (predictions.files, predictions.labels, predictions.predictions, predictions.probabilities)
-            for name, truth, predicted, probabilities in zip(*columns, strict=True):
-                writer.writerow([printable(name), names[truth], names[predicted], *probabilities.tolist()])
+            for name, truth, predicted, probabilities, *more in zip(*columns, *told.values(), strict=True):
+                row = [printable(name), names[truth], names[predicted], *map(printable, more)]
+                writer.writerow([*row, *probabilities.tolist()])
 
     try:
         write_atomically(path, write)
@@ -67,19 +76,21 @@ def read_predictions(path: Path) -> Predictions:
             header, *rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: not readable as predictions ({error}); name a predictions.csv") from error
-    class_names = tuple(column.removeprefix(_PROBABILITY) for column in header[len(_FIRST_COLUMNS) :])
-    if header != [*_FIRST_COLUMNS, *(_PROBABILITY + name for name in class_names)] or not class_names:
+    further = [column for column in _FURTHER_COLUMNS if column in header]
+    first = len(_FIRST_COLUMNS) + len(further)
+    class_names = tuple(column.removeprefix(_PROBABILITY) for column in header[first:])
+    if header != [*_FIRST_COLUMNS, *further, *(_PROBABILITY + name for name in class_names)] or not class_names:
         raise UserError(f"{path}: its columns are not filename,truth,prediction,prob_CLASS,...; name a predictions.csv")
     label_of = {name: label for label, name in enumerate(class_names)}
-    labels, predictions, probabilities = [], [], []
+    labels, predictions, probabilities, folds = [], [], [], []
     for i, row in enumerate(rows):
         try:
-            _, truth, predicted, *numbers = row
-            labels.append(label_of[truth])
-            predictions.append(label_of[predicted])
-            probabilities.append([float(number) for number in numbers])
-            if len(numbers) != len(class_names):
-                raise ValueError
+            told = dict(zip(header, row, strict=True))
+            labels.append(label_of[told["truth"]])
+            predictions.append(label_of[told["prediction"]])
+            probabilities.append([float(told[_PROBABILITY + name]) for name in class_names])
+            if "fold" in told:
+                folds.append(int(told["fold"]))
         except (ValueError, KeyError):
             raise UserError(f"{path}, image {i + 1}: not a row of predictions of {', '.join(class_names)}") from None
     return Predictions(
@@ -88,6 +99,8 @@ def read_predictions(path: Path) -> Predictions:
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(predictions, dtype=torch.int64),
         torch.tensor(probabilities, dtype=torch.float64).reshape(len(rows), len(class_names)),
+        tuple(row[header.index("group")] for row in rows) if "group" in further else None,
+        tuple(folds) if "fold" in further else None,
     )
 
 

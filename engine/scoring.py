@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data import Loader
+from engine.data import Loader, Samples
 from engine.device import Precision
 from engine.errors import UserError
 from engine.heads import NO_LABEL, Heads
@@ -35,6 +35,7 @@ class Scored:
         labels: (n,) int64, the truth.
         heads: of a model with heads the same of each one, on the images that count there; the rest is then what they
             say together, end to end (`Heads.ends`).
+        groups: n names of what belongs together, such as patients; None: each image is by itself.
     """
 
     files: tuple[str, ...]
@@ -42,11 +43,18 @@ class Scored:
     logits: Tensor
     labels: Tensor
     heads: Mapping[str, Scored] = field(default_factory=dict)
+    groups: tuple[str, ...] | None = None
 
     def predictions(self, folder: Path) -> Predictions:
         """For ``predictions.csv``, with names relative to ``folder``."""
-        names = names_below(self.files, folder)
-        return Predictions(names, self.class_names, self.labels, self.logits.argmax(dim=1), self.logits.softmax(dim=1))
+        return Predictions(
+            names_below(self.files, folder),
+            self.class_names,
+            self.labels,
+            self.logits.argmax(dim=1),
+            self.logits.softmax(dim=1),
+            self.groups,
+        )
 
 
 def score(
@@ -95,7 +103,8 @@ def score_images(
     # A pass gives every image once, in order, so that those that it has lost by its end are those that it left out.
     kept = loader.kept()
     assert labels.tolist() == loader.data.labels[kept].tolist(), "the pass gave other images than the loader kept"
-    return Scored(tuple(loader.data.files[i] for i in kept), class_names, logits, labels)
+    files, groups = _named(loader.data, kept.tolist())
+    return Scored(files, class_names, logits, labels, groups=groups)
 
 
 def _score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Precision) -> Scored:
@@ -110,21 +119,32 @@ def _score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Prec
     indices = torch.cat(shown).cpu()
     logits = {name: torch.cat([batch[name] for batch in batches]).cpu().double() for name in heads.tasks}
     labels = {name: torch.from_numpy(own)[indices] for name, own in heads.labels(loader.data).items()}
-    files = [loader.data.files[i] for i in indices.tolist()]
+    files, groups = _named(loader.data, indices.tolist())
 
     ends = heads.ends()
     truth = torch.full_like(indices, NO_LABEL)
     for end, path in enumerate(ends.values()):
         truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
     of_head = {
-        name: _counted(files, task.class_names, logits[name], labels[name])
+        name: _counted(files, groups, task.class_names, logits[name], labels[name])
         for name, task in heads.tasks.items()
         if (labels[name] != NO_LABEL).any()
     }
-    return replace(_counted(files, tuple(ends), heads.together(logits), truth), heads=of_head)
+    return replace(_counted(files, groups, tuple(ends), heads.together(logits), truth), heads=of_head)
 
 
-def _counted(files: Sequence[str], class_names: tuple[str, ...], logits: Tensor, labels: Tensor) -> Scored:
+def _named(samples: Samples, indices: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    groups = samples.groups
+    return tuple(samples.files[i] for i in indices), groups and tuple(groups[i] for i in indices)
+
+
+def _counted(
+    files: Sequence[str],
+    groups: tuple[str, ...] | None,
+    class_names: tuple[str, ...],
+    logits: Tensor,
+    labels: Tensor,
+) -> Scored:
     counts = labels != NO_LABEL
     if not counts.any():
         raise UserError(f"cannot score: of no image it is known which of {', '.join(class_names)} it is; label some")
@@ -132,7 +152,9 @@ def _counted(files: Sequence[str], class_names: tuple[str, ...], logits: Tensor,
         logits, labels = checked_samples(logits[counts], labels[counts], len(class_names))
     except ValueError as error:
         raise _cannot_score(error) from error
-    return Scored(tuple(files[i] for i in counts.nonzero().flatten().tolist()), class_names, logits, labels)
+    kept = counts.nonzero().flatten().tolist()
+    of_kept = groups and tuple(groups[i] for i in kept)
+    return Scored(tuple(files[i] for i in kept), class_names, logits, labels, groups=of_kept)
 
 
 def _metrics(scored: Scored) -> dict[str, Any]:
@@ -150,7 +172,8 @@ def final_metrics(
 ) -> dict[str, Any]:
     """What metrics.json holds beside where it comes from: `classification_metrics`, and
 
-    - ``intervals``: those of `engine.intervals`.
+    - ``intervals``: those of `engine.intervals`; ``intervals_by``, what was drawn for them, "image" or "group"; and
+      of groups their number as ``groups``.
     - ``temperature``: that of `engine.calibration`, None where there is none; and ``calibrated``, which is ``ece``,
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
@@ -158,7 +181,10 @@ def final_metrics(
     - ``heads``: of a model with heads the same of each one, at the temperature of its own.
     """
     metrics = _metrics(scored)
-    metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
+    metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names, groups=scored.groups)
+    metrics["intervals_by"] = "image" if scored.groups is None else "group"
+    if scored.groups is not None:
+        metrics["groups"] = len(set(scored.groups))
     metrics["temperature"] = temperature
     if temperature is not None and split != "validation":
         metrics["calibrated"] = probability_figures(scored.logits / temperature, scored.labels)
@@ -169,6 +195,7 @@ def final_metrics(
             scored.class_names,
             sensitivities,
             metrics.get("positive_class"),
+            scored.groups,
         )
     if scored.heads:
         metrics["heads"] = {

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from engine.build import (
     build_model,
-    data_folder,
     make_augmentation,
     make_eval_loader,
     make_sampler,
     make_train_loader,
     open_data,
+    scored_folder,
     selected_on,
 )
 from engine.calibration import fit_temperature
@@ -379,7 +379,7 @@ def _final_score(
     save_checkpoint(run_dir.best, {**best, "temperature": temperature, "head_temperatures": of_heads})
     split, scored = ("test", test) if test is not None else ("validation", validation)
     assert scored is not None, "the epoch was chosen on one of the two"
-    folder = data_folder(config.data_dir, config.test_csv or config.csv)
+    folder = scored_folder(config)
     run_dir.write_predictions(scored.predictions(folder))
     for head, of_head in scored.heads.items():
         run_dir.write_predictions(of_head.predictions(folder), head)

@@ -12,7 +12,7 @@ import torch
 
 from engine import intervals
 from engine.errors import UserError
-from engine.intervals import bootstrap_intervals, wilson_interval
+from engine.intervals import bootstrap_intervals, proportion_interval, wilson_interval
 from engine.mcnemar import compare_predictions, mcnemar
 from engine.metrics import count_figures
 from engine.predictions import Predictions
@@ -124,6 +124,130 @@ def test_intervals_are_the_same_every_time_whatever_is_held_in_memory(monkeypatc
     monkeypatch.setattr(intervals, "LARGEST_FOR_AUROC", 269)
     assert intervals_of(logits, labels)["auroc_macro_ovr"] is None
     assert intervals_of(logits, labels)["macro_f1"] == first["macro_f1"]
+
+
+def patients(labels: torch.Tensor, several_classes: bool) -> list[str]:
+    """A name for each image: of one to four images each, of one class unless ``several_classes``."""
+    of_image = np.random.default_rng(5).integers(len(labels) // 2, size=len(labels)).tolist()
+    return [
+        f"{i}" if several_classes else f"{i} of {label}" for i, label in zip(of_image, labels.tolist(), strict=True)
+    ]
+
+
+def drawn(labels: torch.Tensor, groups: list[str], resamples: int, seed: int = 0) -> np.ndarray:
+    """(N, resamples): how often each image is in the resamples of `bootstrap_intervals` with that seed."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return torch.cat(list(intervals._drawn(labels, groups, resamples, rng)), dim=1).numpy()
+
+
+@pytest.mark.parametrize("several_classes", [False, True], ids=["of one class", "of several classes"])
+def test_whole_groups_are_drawn_with_replacement_among_those_of_their_class(several_classes):
+    labels = sample(3, 60)[1]
+    groups = patients(labels, several_classes)
+    times, names = drawn(labels, groups, 400), np.array(groups)
+    classes_of = {name: set(labels[names == name].tolist()) for name in groups}
+    first_of = {name: groups.index(name) for name in groups}
+    for name, first in first_of.items():
+        assert (times[names == name] == times[first]).all()
+    for kind in ({0}, {1}, {2}, None):  # None: of several
+        alike = [name for name, own in classes_of.items() if own == kind or (kind is None and len(own) > 1)]
+        draws = times[[first_of[name] for name in alike]]
+        assert (draws.sum(axis=0) == len(alike)).all()
+        # a multinomial's: each is drawn once on average, with variance 1 - 1 / n
+        assert draws.mean(axis=1) == pytest.approx(np.ones(len(alike)), abs=0.25)
+        if len(alike) > 1:
+            assert draws.var() == pytest.approx(1 - 1 / len(alike), abs=0.12)
+    assert bool([own for own in classes_of.values() if len(own) > 1]) == several_classes
+
+
+@pytest.mark.parametrize("several_classes", [False, True], ids=["of one class", "of several classes"])
+def test_intervals_by_group_are_scikit_learns_of_the_same_resamples(several_classes):
+    logits, labels = sample(3, 80, signal=1.0)
+    logits = logits.double().mul(2).round()  # with ties
+    groups = patients(labels, several_classes)
+    if several_classes:  # the third class is in one group, so that every third resample has none of it
+        labels[labels == 2] = 1
+        labels[[7, 8]], groups[7], groups[8], groups[9] = 2, "both", "both", "both"
+    found = intervals_of(logits, labels, groups=groups, resamples=50)
+    truth, said, scores = labels.numpy(), logits.argmax(1).numpy(), logits.softmax(1).numpy()
+    values: dict[str, list[float]] = {name: [] for name in ("accuracy", "balanced_accuracy", "macro_f1", "areas")}
+    of_class: dict[tuple[str, int], list[float]] = {}
+    absent = 0
+    for times in drawn(labels, groups, 50).T.astype(int):
+        images = np.repeat(np.arange(80), times)
+        t, p, s = truth[images], said[images], scores[images]
+        values["accuracy"].append(sklearn.metrics.accuracy_score(t, p))
+        values["balanced_accuracy"].append(np.mean([(p[t == c] == c).mean() for c in set(t)]))
+        values["macro_f1"].append(sklearn.metrics.f1_score(t, p, average="macro", zero_division=0))
+        areas = {c: sklearn.metrics.roc_auc_score(t == c, s[:, c]) for c in set(t.tolist())}
+        values["areas"].append(np.mean(list(areas.values())))
+        absent += len(areas) < 3
+        for c in range(3):
+            of_class.setdefault(("precision", c), []).append((t[p == c] == c).mean() if (p == c).any() else 0)
+            if c in areas:
+                of_class.setdefault(("recall", c), []).append((p[t == c] == c).mean())
+                of_class.setdefault(("auroc", c), []).append(areas[c])
+    assert (absent > 5) == several_classes
+    for name, told in (("accuracy",) * 2, ("balanced_accuracy",) * 2, ("macro_f1",) * 2, ("auroc_macro_ovr", "areas")):
+        assert found[name] == pytest.approx(np.quantile(values[told], (0.025, 0.975)), abs=1e-12), name
+    for (name, c), of in of_class.items():
+        low, high = np.quantile(of, (0.025, 0.975))
+        expected = pytest.approx([low, high], abs=1e-12) if low < high else None
+        assert found["per_class"]["abc"[c]][name] == expected, (name, c)
+
+
+def test_copies_of_an_image_tell_no_more_than_the_image():
+    logits, labels = sample(3, 60, signal=1.0)
+    once = intervals_of(logits, labels, groups=[str(i) for i in range(60)])
+    copies = logits.repeat_interleave(4, dim=0), labels.repeat_interleave(4)
+    assert intervals_of(*copies, groups=[str(i // 4) for i in range(240)]) == once
+
+    def width(of: dict) -> float:
+        return of["accuracy"][1] - of["accuracy"][0]
+
+    assert width(intervals_of(logits, labels)) == pytest.approx(width(once), rel=0.1)
+    assert width(intervals_of(*copies)) == pytest.approx(width(once) / 2, rel=0.15)
+
+
+def test_intervals_by_group_hold_the_truth_as_often_as_they_say():
+    """Forty patients of whom each has five like images, eight in ten of them recognised."""
+    held = {"group": 0, "image": 0, "wilson": 0}
+    rng = np.random.default_rng(0)
+    groups = np.arange(40).repeat(5).astype(str).tolist()
+    for _ in range(100):
+        right = torch.from_numpy(rng.random(40) < 0.8).repeat_interleave(5)
+        labels = torch.arange(2).repeat_interleave(100)
+        logits = torch.nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).double()
+        for name, of in (("group", groups), ("image", None)):
+            low, high = intervals_of(logits, labels, groups=of, resamples=200)["accuracy"]
+            held[name] += low <= 0.8 <= high
+        low, high = proportion_interval(right, groups)
+        held["wilson"] += low <= 0.8 <= high
+    assert min(held["group"], held["wilson"]) >= 89
+    assert held["image"] <= 75
+
+
+def test_a_single_group_says_nothing_of_others():
+    found = intervals_of(*sample(3, 30), groups=["one"] * 30, resamples=20)
+    assert found["accuracy"] is found["auroc_macro_ovr"] is found["per_class"]["a"]["recall"] is None
+    assert proportion_interval(torch.tensor([True, False]), ["one", "one"]) is None
+
+
+def test_a_proportion_of_groups_is_wilsons_of_rao_and_scotts_number_of_images():
+    rng = np.random.default_rng(3)
+    group_of = rng.integers(25, size=120)
+    right = torch.from_numpy(rng.random(120) < 0.3 + 0.5 * (group_of % 2))
+    sizes = np.bincount(group_of)
+    share = right.double().mean().item()
+    residuals = np.bincount(group_of, weights=right.numpy()) - share * sizes
+    variance = 25 / 24 * (residuals**2).sum() / 120**2
+    images = share * (1 - share) / variance
+    assert images < 100
+    groups = group_of.astype(str).tolist()
+    assert proportion_interval(right, groups) == pytest.approx(wilson_interval(share * images, images))
+    assert proportion_interval(torch.ones(120, dtype=torch.bool), groups) == pytest.approx(wilson_interval(25, 25))
+    assert proportion_interval(right) == wilson_interval(int(right.sum()), 120)
+    assert proportion_interval(right[:0], []) is proportion_interval(right[:0]) is None
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 1), (3, 3), (0, 40), (37, 40), (9999, 10_000)])

@@ -183,16 +183,22 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path):
             refuse(broken, loader, NAMES, FLOAT32)
 
 
-def test_predictions_are_read_as_they_were_written(tmp_path):
+@pytest.mark.parametrize(
+    ("groups", "folds"),
+    ((None, None), (("a, b", "", "fold", "1"), None), (None, (0, 2, 1, 2)), (("p",) * 4, (1, 0, 0, 1))),
+    ids=("plain", "groups", "folds", "both"),
+)
+def test_predictions_are_read_as_they_were_written(tmp_path, groups, folds):
     probabilities = torch.rand(4, 3, dtype=torch.float64) ** 40  # far below what nine digits can tell apart
     probabilities[0] = torch.tensor([1.0, 5e-324, 0.0], dtype=torch.float64)
     files = ('a, "b".png', "line\nbreak.png", "结核病/1.png", "not utf-8 \udcff.png")
     labels = torch.tensor([0, 1, 2, 1])
-    written = Predictions(files, ("x", "y, z", "prob_w"), labels, labels.flip(0), probabilities)
+    told = (files, ("x", "y, z", "prob_w"), labels, labels.flip(0), probabilities)
+    written = Predictions(*told, groups, folds)
     write_predictions(tmp_path / "p.csv", written)
     found = read_predictions(tmp_path / "p.csv")
     assert found.files == (*files[:3], "not utf-8 \\xff.png")
-    assert found.class_names == written.class_names
+    assert (found.class_names, found.groups, found.folds) == (written.class_names, groups, folds)
     for name in ("labels", "predictions", "probabilities"):
         assert torch.equal(getattr(found, name), getattr(written, name)), name
 
@@ -206,6 +212,8 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
         ("filename,truth,prediction,prob_a\n1,a,a,most\n", "image 1"),
         ("filename,truth,prediction,prob_a\n1,a,a\n", "image 1"),
         ("filename,truth,prediction,prob_a\n\n", "image 1"),
+        ("filename,truth,prediction,fold,prob_a\n1,a,a,last,1\n", "image 1"),
+        ("filename,truth,prediction,prob_a,group\n1,a,a,1,p\n", "its columns are not filename"),
     ),
 )
 def test_what_is_no_table_of_predictions_is_refused(tmp_path, text, message):

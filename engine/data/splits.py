@@ -15,6 +15,7 @@ from engine.data.array_sources import read_arrays
 from engine.data.arrays import relabel
 from engine.data.digits import dealt_order, write_digits
 from engine.data.folder import read_splits_folder, read_test_folder, require_folder
+from engine.data.folds import hold_out_fold, join
 from engine.data.held_out import TEST_METHODS, find_given_duplicates, take_test, take_validation, tie_duplicates
 from engine.data.listing import relative_names
 from engine.data.long_tail import make_long_tailed
@@ -33,6 +34,8 @@ def open_splits(
     val_csv: StrPath | None = None,
     test_csv: StrPath | None = None,
     val_fraction: float | None = 0.15,
+    folds: int | None = None,
+    fold: int = 0,
     seed: int = 0,
     allow_links: bool = False,
     selection: Selection | None = None,
@@ -54,6 +57,9 @@ def open_splits(
         val_fraction: the part of train, class by class, that becomes the validation set where none is given: at least
             one image of every class that has two, never the whole of a class. Where there are groups, whole ones. None:
             there is no validation set where none is given.
+        folds, fold: of train and validation together (``engine.data.folds``), test is fold number ``fold`` of
+            0 ... ``folds`` - 1, and validation a part of the others; a test set that the data has itself is left alone,
+            and none is taken.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
         allow_links: follow links that lead out of ``data_dir``.
         selection: what of the source counts, and what names say of it.
@@ -93,6 +99,11 @@ def open_splits(
     train = _grouped(found[0], folder, selection.group_regex)
     val, test = (None if part is None else _grouped(part, folder, selection.group_regex) for part in found[1:])
     _refuse_shared(train, val, test)
+    origins = {"train": "", "val": "given", "test": ""}
+    if folds is not None:
+        own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
+        origins["test"] = f"fold {fold} of 0 to {folds - 1}{own}"
+        train, val, test = train if val is None else join(train, val), None, None
 
     remarks = [f"{selection.left_out} files left out by --exclude"] if selection.exclude else []
     warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
@@ -101,11 +112,13 @@ def open_splits(
         given = [part for part in (train, val, test) if part is not None]
         if len(given) > 1 and (shared := find_given_duplicates(given, near=near, workers=workers)):
             warnings.append(shared)
-        if (test is None and test_fraction > 0) or (val is None and val_fraction is not None):
+        takes_test = test is None and (folds is not None or test_fraction > 0)
+        if takes_test or (val is None and val_fraction is not None):
             train, tied = tie_duplicates(train, relative_names(train, folder), near=near, workers=workers)
             remarks.append(tied)
-    origins = {"train": "", "val": "given", "test": ""}
-    if test is None and test_fraction > 0:
+    if folds is not None:
+        train, test = hold_out_fold(train, folds, fold, seed)
+    elif test is None and test_fraction > 0:
         train, test = take_test(train, relative_names(train, folder), test_fraction, method=test_method, seed=seed)
         origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(f'{test_fraction:.0%}')}"
     if imbalance_ratio is not None:
