@@ -43,7 +43,7 @@ def read_head_specs(values: Any, source: str = "heads") -> dict[str, HeadSpec]:
     specs = {}
     for name, given in values.items():
         where = f"{source}: {name}"
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict(), name):
             raise UserError(f"{where}: not a name for a head; take letters, digits and _, and no name that torch uses")
         specs[name] = _spec(given, where)
     _require_conditions(specs, source)

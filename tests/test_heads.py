@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
 from sklearn.metrics import f1_score, recall_score
 from torch import nn
@@ -29,6 +28,7 @@ from engine.errors import UserError
 from engine.fusion import fuse
 from engine.head_specs import plain_specs, read_head_specs
 from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
+from engine.losses import make_criterion
 from engine.models import HeadShape, create_model, load_pretrained
 from engine.predictions import read_predictions
 from engine.run import RunDirectory
@@ -70,8 +70,14 @@ def test_labels_are_looked_up_merged_and_left_out_by_condition():
 
 @pytest.mark.parametrize(
     "options",
-    ({"smoothing": 0.1}, {"class_weights": "balanced"}, {"loss": "logit-adjustment"}),
-    ids=("smoothing", "weights", "logit adjustment"),
+    (
+        {"smoothing": 0.1},
+        {"class_weights": "balanced"},
+        {"loss": "logit-adjustment"},
+        {"loss": "focal", "class_weights": "effective"},
+        {"loss": "ldam"},
+    ),
+    ids=("smoothing", "weights", "logit adjustment", "focal", "ldam"),
 )
 def test_the_joint_loss_is_the_weighted_sum_of_means_over_the_images_that_count(options):
     images = samples([0, 0, 0, 1, 2, 2, 3])
@@ -86,13 +92,8 @@ def test_the_joint_loss_is_the_weighted_sum_of_means_over_the_images_that_count(
         ("diagnosis", 1.0, [0, 1, 2, 3, 4], [0, 1, 1, 0, 1]),
         ("subtype", 0.5, [1, 2, 4], [1, 2, 1]),
     ):
-        counts = torch.tensor([3.0, 4.0] if name == "diagnosis" else [1.0, 2.0, 1.0])
-        own, target = logits[name][rows], torch.tensor(labels)
-        if "loss" in options:
-            own = own + (counts / counts.sum()).log()
-        weight = counts.sum() / (len(counts) * counts) if "class_weights" in options else None
-        smoothing = 0.0 if "loss" in options else options.get("smoothing", 0.1)
-        expected += factor * F.cross_entropy(own, target, weight, label_smoothing=smoothing)
+        counts = np.array([3, 4] if name == "diagnosis" else [1, 2, 1])
+        expected += factor * make_criterion(config, counts, CPU)(0)(logits[name][rows], torch.tensor(labels))
     with HostReads() as reads:
         got = loss(logits, indices)
     torch.testing.assert_close(got, expected)
@@ -299,7 +300,6 @@ def test_heads_that_cannot_be_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"loss": "focal"}, "--loss focal does not go with heads"),
         ({"mixup": 0.2}, "--mixup 0.2 does not go with heads"),
         ({"drop": 0.5}, "give each head its own drop"),
         ({"eval_metric": "grade.macro_f1"}, "HEAD.METRIC with a head of diagnosis, subtype"),
