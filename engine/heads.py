@@ -157,6 +157,15 @@ def require_labels(heads: Heads, splits: Splits) -> None:
                 )
 
 
+def criterion_for(
+    config: Config, samples: Samples, heads: Heads | None, device: torch.device
+) -> Callable[[int], nn.Module]:
+    """The criterion of each epoch, for the training images; with heads it takes their indices in place of labels."""
+    if heads is None:
+        return make_criterion(config, samples.class_counts(), device)
+    return make_joint_criterion(config, heads, samples, device)
+
+
 def make_joint_criterion(
     config: Config, heads: Heads, samples: Samples, device: torch.device
 ) -> Callable[[int], JointLoss]:
@@ -183,7 +192,7 @@ class JointLoss(nn.Module):
         super().__init__()
         self.criteria = {name: cast(CrossEntropyLoss, criterion) for name, criterion in criteria.items()}
         for criterion in self.criteria.values():
-            criterion.reduction, criterion.ignore_index = "sum", NO_LABEL
+            criterion.reduction = "none"
         self.weights = dict(weights)
         self.table = table
 
@@ -192,11 +201,10 @@ class JointLoss(nn.Module):
         columns = self.table[indices].unbind(1)
         losses = []
         for (name, criterion), labels in zip(self.criteria.items(), columns, strict=True):
-            counts = (labels != NO_LABEL).float()
-            if criterion.weight is not None:
-                counts = counts * criterion.weight[labels.clamp(min=0)]
-            total = counts.sum()
-            losses.append(self.weights[name] * criterion(logits[name], labels) / torch.where(total > 0, total, 1.0))
+            counts, labels = (labels != NO_LABEL).float(), labels.clamp(min=0)
+            summed = (counts * criterion(logits[name], labels)).sum()
+            total = counts.sum() if criterion.weight is None else (counts * criterion.weight[labels]).sum()
+            losses.append(self.weights[name] * summed / torch.where(total > 0, total, 1.0))
         return torch.stack(losses).sum()
 
 

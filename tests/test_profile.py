@@ -38,7 +38,7 @@ def refused(capsys, *argv: str | Path) -> str:
 
 
 def test_arithmetic_of_resnet50_is_what_a_hand_counts():
-    counted = count_arithmetic("resnet50", 2, 224)
+    counted = count_arithmetic(Config(model="resnet50"), 2)
     stem = 2 * 112 * 112 * 64 * 3 * 7 * 7
     assert counted.by_layer["conv1"] == stem
     assert counted.by_layer["fc"] == 2 * 2048 * 2
@@ -82,7 +82,8 @@ class Net(nn.Module):
 def test_time_goes_to_the_layer_and_the_phase_that_take_it():
     model, config = Net(), Config(img_size=4, batch_size=3)
     before = model.quick.weight.detach().clone()
-    times = time_training(model, 2, config, CPU, Precision(CPU, False, "bfloat16"), seconds=0.01)
+    precision = Precision(CPU, False, "bfloat16")
+    times = time_training(model, nn.CrossEntropyLoss(), 2, config, CPU, precision, seconds=0.01)
     assert times.forward_by_layer["slow"] >= 40
     assert times.forward_by_layer["idle"] == 0
     assert times.step.p20 >= times.phases["forward"].p20 >= 40
@@ -96,7 +97,7 @@ def test_model_and_pipeline_of_a_fused_run(tmp_path, capsys):
     figures = profiled(tmp_path, "--data-dir", folder, "--model", "seresnet18", "--fused-se")
     printed = capsys.readouterr().out
     model = figures["model"]
-    expected = count_arithmetic("seresnet18", 2, 32)
+    expected = count_arithmetic(Config(model="seresnet18", img_size=32), 2)
     assert (model["forward_flops"], model["training_flops"]) == (expected.forward, expected.training)
     assert model["forward_macs"] == expected.forward // 2
     assert sum(layer["parameters"] for layer in model["layers"].values()) == model["parameters"]
