@@ -56,7 +56,7 @@ def main(argv: list[str] | None) -> None:
     figures["args"] = config.as_mapping()
     speed = None
     if not args.data_only:
-        figures["model"] = _profile_model(config, splits and splits.train, device, precision, args.seconds)
+        figures["model"] = _profile_model(config, splits.train if splits else None, device, precision, args.seconds)
         speed = figures["model"]["images_per_second"]["step"]
     if splits:
         figures["data"] = _profile_data(config, splits, backends, device, precision, args.seconds, speed)
