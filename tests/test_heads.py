@@ -219,6 +219,13 @@ def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_ima
     assert list(json.loads((tmp_path / "benign.json").read_text())["heads"]) == ["diagnosis"]
 
 
+def test_evaluate_overwrites_the_table_of_no_head(finished, tmp_path, capsys):
+    (tmp_path / "of_subtype.csv").write_text("precious")
+    assert run(evaluate.main, [str(finished), "--predictions", str(tmp_path / "of.csv")]) == 2
+    assert f"--predictions {tmp_path / 'of_subtype.csv'}: exists" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
     output = tmp_path / "of.csv"
     assert run(predict.main, [str(finished), str(folder / "test" / "[Malignant] Pre-B"), "--output", str(output)]) == 0
@@ -288,6 +295,7 @@ def test_labels_of_two_columns_of_a_manifest(tmp_path):
         ({"subtype": {"hiden": 3}}, "subtype: .* must be a mapping with keys of column, classes, hidden"),
         ({"subtype": {"drop": 1.0}}, "subtype: drop 1.0 must be at least 0 and below 1"),
         ({"type": {}}, "type: not a name for a head"),
+        ({"training": {}}, "training: not a name for a head"),
     ),
 )
 def test_heads_that_cannot_be_are_refused_by_name(change, message):
