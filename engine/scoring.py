@@ -35,6 +35,7 @@ class Scored:
         labels: (n,) int64, the truth.
         heads: of a model with heads the same of each one, on the images that count there; the rest is then what they
             say together, end to end (`Heads.ends`).
+        when: of a head the {head: class} on whose images alone it is scored, where it has such a condition.
     """
 
     files: tuple[str, ...]
@@ -42,6 +43,7 @@ class Scored:
     logits: Tensor
     labels: Tensor
     heads: Mapping[str, Scored] = field(default_factory=dict)
+    when: Mapping[str, str] = field(default_factory=dict)
 
     def predictions(self, folder: Path) -> Predictions:
         """For ``predictions.csv``, with names relative to ``folder``."""
@@ -117,7 +119,10 @@ def _score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Prec
     for end, path in enumerate(ends.values()):
         truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
     of_head = {
-        name: _counted(files, task.class_names, logits[name], labels[name])
+        name: replace(
+            _counted(files, task.class_names, logits[name], labels[name]),
+            when=dict([task.spec.when] if task.spec.when else []),
+        )
         for name, task in heads.tasks.items()
         if (labels[name] != NO_LABEL).any()
     }
@@ -155,9 +160,11 @@ def final_metrics(
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
       ``split`` is "validation", tried on the same images.
-    - ``heads``: of a model with heads the same of each one, at the temperature of its own.
+    - ``heads``: of a model with heads the same of each one, at the temperature of its own, and ``when`` it counts.
     """
     metrics = _metrics(scored)
+    if scored.when:
+        metrics["when"] = dict(scored.when)
     metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names)
     metrics["temperature"] = temperature
     if temperature is not None and split != "validation":

@@ -12,10 +12,9 @@ import pytest
 import timm
 import torch
 import yaml
-from sklearn.metrics import f1_score, recall_score
 from torch import nn
 
-from engine import evaluate, predict, train
+from engine import evaluate, predict, split, train
 from engine.build import open_data
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
@@ -30,8 +29,9 @@ from engine.head_specs import plain_specs, read_head_specs
 from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
 from engine.losses import make_criterion
 from engine.models import HeadShape, create_model, load_pretrained
-from engine.predictions import read_predictions
+from engine.predictions import predictions_path, read_predictions
 from engine.run import RunDirectory
+from tests.figures import assert_figures_follow
 from tests.image_folders import write_image
 from tests.test_train_step import HostReads
 
@@ -145,18 +145,25 @@ def test_a_network_with_heads_keeps_the_keys_of_its_trunk_fused_and_pretrained(n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    """As published: folders of classes, and no split."""
     root = tmp_path_factory.mktemp("smears")
     for label, (name, colour) in enumerate(FOLDERS.items()):
-        for i in range(8):
-            write_image(root / "train" / name / f"{i}.png", colour, seed=100 * label + i)
-        for i in range(4):
-            write_image(root / "test" / name / f"{i}.png", colour, seed=100 * label + 50 + i)
+        for i in range(12):
+            write_image(root / name / f"Snap_{i + 1:03d}.jpg", colour, seed=100 * label + i)
     return root
+
+
+@pytest.fixture(scope="module")
+def split_in_three(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("split")
+    shares = ("--val-fraction", "0.25", "--test-fraction", "0.25")
+    assert run(split.main, [str(folder), "--output", str(output), *shares]) == 0
+    return output
 
 
 @pytest.mark.parametrize("backend", DATA_BACKENDS)
 def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
-    files = sorted((folder / "test").rglob("*.png"))[:6]
+    files = sorted(folder.rglob("*.jpg"))[:6]
     images = Samples(tuple(map(str, files)), np.array([0, 1] * 3), ("a", "b"))
     options = {"batch_size": 4, "img_size": 8, "device": CPU, "dtype": torch.float32, "training": False, "workers": 1}
     loader = make_loader(backend, images, by_index=True, **options)
@@ -167,14 +174,17 @@ def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
     assert [indices.tolist() for _, indices in batches] == [[0, 1, 2, 3], [4, 5]]
 
 
+SMALL = ("--recipe", "leukemia-multitask", "--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8")
+SHORT = ("-j", "1", "--warmup-epochs", "0")
+
+
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory) -> Path:
+def finished(split_in_three, tmp_path_factory) -> Path:
     """Two epochs by the recipe on a small network, of which the second one after an interruption."""
     output = tmp_path_factory.mktemp("runs") / "heads"
-    small = ("--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8", "-j", "1")
-    short = ("--epochs", "2", "--warmup-epochs", "0", "--model-ema", "--model-ema-warmup", "--fused-se")
-    flags = (*small, *short, "--eval-metric", "subtype.loss")
-    argv = ["--recipe", "leukemia-multitask", "--data-dir", str(folder), *flags]
+    parts = {"--csv": "train.csv", "--val-csv": "val.csv", "--test-csv": "test.csv"}
+    images = [word for flag, name in parts.items() for word in (flag, str(split_in_three / name))]
+    flags = ("--epochs", "2", "--model-ema", "--model-ema-warmup", "--fused-se", "--eval-metric", "subtype.loss")
     with pytest.MonkeyPatch.context() as patch:
         write = RunDirectory.write_history
 
@@ -183,25 +193,44 @@ def finished(folder, tmp_path_factory) -> Path:
             raise KeyboardInterrupt
 
         patch.setattr(RunDirectory, "write_history", written_and_interrupted)
-        assert run(train.main, [*argv, "--output", str(output)]) == 130
+        assert run(train.main, [*SMALL, *SHORT, *images, *flags, "--output", str(output)]) == 130
     assert run(train.main, ["--resume", str(output)]) == 0
     return output
 
 
-def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
-    metrics = json.loads((finished / "metrics.json").read_text())
-    subtypes = ("Pre-B", "Pro-B", "early Pre-B")
-    classes = {None: ("benign", *subtypes), "diagnosis": ("benign", "malignant"), "subtype": subtypes}
+SUBTYPES = ("Pre-B", "Pro-B", "early Pre-B")
+
+
+def assert_report_follows(output: Path, counts: dict[str | None, int]) -> None:
+    """End to end, of the diagnosis, and of the subtype given malignant, from as many images as ``counts`` says."""
+    metrics = json.loads((output / "metrics.json").read_text())
+    classes = {None: ("benign", *SUBTYPES), "diagnosis": ("benign", "malignant"), "subtype": SUBTYPES}
     for head, names in classes.items():
-        figures = metrics if head is None else metrics["heads"][head]
-        told = read_predictions(finished / ("predictions.csv" if head is None else f"predictions_{head}.csv"))
+        told = read_predictions(predictions_path(output / "predictions.csv", head))
         assert told.class_names == names
-        assert len(told.files) == (12 if head == "subtype" else 16)
-        truth, predicted = told.labels.numpy(), told.predictions.numpy()
-        assert figures["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
-        recall = recall_score(truth, predicted, average=None, labels=range(len(names)), zero_division=0)
-        assert [figures["per_class"][name]["recall"] for name in names] == pytest.approx(list(recall))
+        assert len(told.files) == counts[head]
+        assert_figures_follow(metrics if head is None else metrics["heads"][head], told)
     assert metrics["heads"]["diagnosis"]["positive_class"] == "malignant"
+
+
+def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
+    assert_report_follows(finished, {None: 12, "diagnosis": 12, "subtype": 9})
+
+
+def test_labels_of_two_columns_train_the_same_recipe(folder, tmp_path, capsys):
+    """Of a benign image the subtype is empty, and of one malignant image it is not known."""
+    lines = ["filename,label,label_subtype,split"]
+    for name, subtype in zip(FOLDERS, ("", *SUBTYPES), strict=True):
+        for i, image in enumerate(sorted((folder / name).iterdir())):
+            told = "" if (name, i) == ("[Malignant] Pro-B", 11) else subtype
+            lines.append(f"{image},{'malignant' if subtype else 'benign'},{told},{('train', 'val', 'test')[i // 4]}")
+    (tmp_path / "smears.csv").write_text("\n".join(lines))
+    argv = [*SMALL, *SHORT, "--csv", str(tmp_path / "smears.csv"), "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert run(train.main, argv) == 0
+    assert_report_follows(tmp_path / "run", {None: 15, "diagnosis": 16, "subtype": 11})
+    printed = capsys.readouterr().out
+    titles = ("End to end: benign, Pre-B, Pro-B, early Pre-B", "Head diagnosis", "Head subtype, of diagnosis malignant")
+    assert [title in printed for title in titles] == [True] * 3
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_images(finished, folder, tmp_path):
@@ -212,7 +241,7 @@ def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_ima
     for name in ("", "_diagnosis", "_subtype"):
         assert (tmp_path / f"of{name}.csv").read_text() == (finished / f"predictions{name}.csv").read_text()
 
-    benign = sorted((folder / "test" / "Benign").iterdir())
+    benign = sorted((folder / "Benign").iterdir())
     (tmp_path / "benign.csv").write_text("filename,label\n" + "".join(f"{file},Benign\n" for file in benign))
     argv = [str(finished), "--csv", str(tmp_path / "benign.csv"), "--output", str(tmp_path / "benign.json")]
     assert run(evaluate.main, argv) == 0
@@ -228,17 +257,19 @@ def test_evaluate_overwrites_the_table_of_no_head(finished, tmp_path, capsys):
 
 def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
     output = tmp_path / "of.csv"
-    assert run(predict.main, [str(finished), str(folder / "test" / "[Malignant] Pre-B"), "--output", str(output)]) == 0
+    tested = read_predictions(finished / "predictions_subtype.csv").files
+    images = [file for file in tested if Path(file).parent.name == "[Malignant] Pre-B"]
+    assert run(predict.main, [str(finished), *images, "--output", str(output)]) == 0
     with output.open() as file:
         rows = list(csv.DictReader(file))
     told = {name: read_predictions(finished / f"predictions{name}.csv") for name in ("", "_diagnosis", "_subtype")}
     for row in rows:
         for name, of_head in told.items():
-            i = of_head.files.index(f"test/[Malignant] Pre-B/{Path(row['filename']).name}")
+            i = of_head.files.index(row["filename"])
             assert row[f"prediction{name}"] == of_head.class_names[of_head.predictions[i]]
             got = [float(row[f"prob{name}_{label}"]) for label in of_head.class_names]
             assert got == pytest.approx(of_head.probabilities[i].tolist(), rel=1e-4)
-    assert len(rows) == 4
+    assert len(rows) == 3
 
 
 def test_end_to_end_probabilities_are_those_of_the_chain(finished):
