@@ -31,6 +31,7 @@ from engine.losses import make_criterion
 from engine.models import HeadShape, create_model, load_pretrained
 from engine.predictions import predictions_path, read_predictions
 from engine.run import RunDirectory
+from engine.stages import make_freezing
 from tests.figures import assert_figures_follow
 from tests.image_folders import write_image
 from tests.test_train_step import HostReads
@@ -356,3 +357,21 @@ def test_the_leukaemia_recipe_fits_both_ways_of_naming_the_folders():
         heads = open_heads(config, images)
         assert heads.labels(images)["subtype"].tolist() == subtypes
         assert list(heads.ends()) == ["benign", "Pre-B", "Pro-B", "early Pre-B"]
+
+
+def test_the_leukaemia_network_is_as_described():
+    """Two heads of 256 units over ResNet50, which is frozen up to its second stage, BatchNorm included."""
+    config = Config(**read_recipe("leukemia-multitask"))
+    heads = open_heads(config, Samples(("a", "b", "c", "d"), np.arange(4), CLASSES))
+    assert heads.shapes() == {"diagnosis": HeadShape(2, 256, 0.5), "subtype": HeadShape(3, 256, 0.5)}
+    assert [task.spec.weight for task in heads.tasks.values()] == [1.0, 1.0]
+    with torch.device("meta"):
+        model = create_model(config.model, num_classes=4, heads=heads.shapes())
+    layers = [type(layer) for layer in model.heads["subtype"]]
+    assert layers == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert model.heads["subtype"][0].in_features == 2048
+    make_freezing(model, config)
+    frozen = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv1", "bn1", "layer1", "layer2"}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {name.split(".")[0] for name, norm in norms.items() if not norm.training} == {"bn1", "layer1", "layer2"}
