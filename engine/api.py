@@ -22,8 +22,8 @@ from engine.device import pick_device
 from engine.errors import UserError
 from engine.fusion import fuse
 from engine.heads import Heads
-from engine.predict import Predicted, as_predicted, columns_of, look_at, look_at_files
-from engine.trained import heads_of, read_trained, restore_model
+from engine.predict import Predicted, as_predicted, look_at, look_at_files, nothing_seen
+from engine.trained import read_trained, restore
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 _ONE = (str, os.PathLike, Image.Image)
@@ -46,10 +46,10 @@ def load(
     checkpoint, config = read_trained(os.fspath(path))
     config = dataclasses.replace(config, fused_se=config.fused_se if fused_se is None else fused_se)
     # a library is silent where the commands print what they have fused
-    model = restore_model(checkpoint, dataclasses.replace(config, fused_se=False), place)
+    model, heads = restore(checkpoint, dataclasses.replace(config, fused_se=False), place)
     if config.fused_se:
         fuse(model, config)
-    return Classifier(model, tuple(checkpoint["class_names"]), config, place, heads_of(checkpoint, config))
+    return Classifier(model, tuple(checkpoint["class_names"]), config, place, heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,7 @@ class Classifier:
         of_files, bad_files = look_at_files(Unlabelled(files, tuple(bad)), *how)
         row_of = {file: row for row, file in enumerate(files)}
 
-        width = sum(map(len, columns_of(self.class_names, self.heads)))
-        probabilities = np.full((len(sources), width), np.nan, dtype=np.float32)
+        probabilities = nothing_seen(len(sources), self.class_names, self.heads)
         reasons: dict[int, str] = {}
         alike: dict[tuple[int, ...], dict[int, np.ndarray]] = defaultdict(dict)
         for i, source in enumerate(sources):

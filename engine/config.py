@@ -351,8 +351,6 @@ class Config:
         self._require(self.drw_epoch < self.epochs, "drw_epoch", "below --epochs, or the weights never count")
 
     def _require_what_heads_take(self) -> None:
-        if self.loss not in ("cross-entropy", "logit-adjustment"):
-            raise UserError(f"--loss {self.loss} does not go with heads; use cross-entropy or logit-adjustment")
         if not isinstance(self.class_weights, str):
             raise UserError("--class-weights as numbers do not go with heads, each with its classes; use balanced")
         for name in ("mixup", "cutmix", "drop"):

@@ -18,9 +18,9 @@ from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.metric_report import format_reports
 from engine.output import free_file
-from engine.predictions import write_predictions
+from engine.predictions import predictions_path, write_predictions
 from engine.scoring import TTA, Scored, final_metrics, score_images
-from engine.trained import add_model_flags, heads_of, open_trained, restore_model
+from engine.trained import add_model_flags, open_trained, restore
 
 
 def main(argv: list[str] | None) -> None:
@@ -33,21 +33,18 @@ def main(argv: list[str] | None) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.json holds, for the checkpoint and the images that the command line names."""
-    for flag, file in (("--output", args.output), ("--predictions", args.predictions)):
-        if file:
-            free_file(file, flag=flag)
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
     config = dataclasses.replace(config, sensitivity=tuple(args.sensitivity))
     if args.max_bad_fraction is not None:
         config = dataclasses.replace(config, max_bad_fraction=args.max_bad_fraction)
     class_names = tuple(checkpoint["class_names"])
-    split, samples = _images(args, config, class_names)
-
-    heads = heads_of(checkpoint, config)
-    if heads is not None and args.tta != "none":
+    if config.heads and args.tta != "none":
         raise UserError(f"--tta {args.tta} does not go with a model with heads; leave it out")
-    model = restore_model(checkpoint, config, device)
+    split, samples = _images(args, config, class_names)
+    _require_free(args, config)
+    samples = _readable(split, samples, config)
+    model, heads = restore(checkpoint, config, device)
     precision = Precision(device, config.amp, config.amp_dtype)
 
     def scored_images(samples: Samples) -> Scored:
@@ -66,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         path = Path(args.predictions)
         write_predictions(path, scored.predictions(folder))
         for head, of_head in scored.heads.items():
-            write_predictions(path.with_stem(f"{path.stem}_{head}"), of_head.predictions(folder))
+            write_predictions(predictions_path(path, head), of_head.predictions(folder))
     # a temperature is that of the probabilities that it was fitted on, not of their means
     temperature = checkpoint.get("temperature") if args.tta == "none" else None
     metrics = final_metrics(
@@ -80,6 +77,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # an epoch that the command line names was not chosen by the run
     chosen_on = config.select_on if args.epoch is None else None
     return {"split": split, "epoch": checkpoint["epoch"], "selected_on": chosen_on, "tta": args.tta, **metrics}
+
+
+def _require_free(args: argparse.Namespace, config: Config) -> None:
+    """Raises UserError where one of the files to write exists."""
+    if args.output:
+        free_file(args.output, flag="--output")
+    if args.predictions:
+        for head in (None, *config.heads):
+            free_file(str(predictions_path(Path(args.predictions), head)), flag="--predictions")
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
@@ -99,7 +105,7 @@ def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ..
             name, samples = "test", splits.test
         else:
             name, samples = "validation", selected_on(splits, config)
-    return name, _readable(name, samples, config)
+    return name, samples
 
 
 def _run_splits(config: Config, class_names: tuple[str, ...]) -> Splits:
@@ -135,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predictions",
         metavar="FILE",
-        help="write there, as CSV, what is predicted of each image",
+        help="write there, as CSV, what is predicted of each image; of heads also beside it, to *_HEAD.csv",
     )
     parser.add_argument(
         "--sensitivity",

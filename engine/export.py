@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +22,21 @@ from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD
 from engine.errors import UserError
 from engine.fusion import fuse
-from engine.inference import InferenceModel, fold_norms
+from engine.heads import Heads
+from engine.inference import InferenceModel, fold_norms, output_names
 from engine.models import create_model
 from engine.output import free_file
-from engine.timm_models import PREFIX
-from engine.trained import add_checkpoint_flags, read_trained, restore_model
+from engine.trained import add_checkpoint_flags, heads_of, read_trained, restore
 
 OPSET = 18
 TOLERANCE = 1e-4
 """The largest difference from the run's own model that a file may show."""
 
 _CPU = torch.device("cpu")
-_INPUT, _OUTPUTS = "images", ("probabilities", "logits")
-_METADATA = "metadata"
+_INPUT, _METADATA = "images", "metadata"
 
-Outputs = tuple[Tensor, Tensor]
+Outputs = tuple[Tensor, ...]
+"""Those that `output_names` names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,19 @@ class Trained:
     checkpoint: dict[str, Any]
     config: Config
 
+    @property
+    def heads(self) -> Heads | None:
+        return heads_of(self.checkpoint, self.config)
+
     def model(self) -> nn.Module:
         plain = dataclasses.replace(self.config, fused_se=False, channels_last=False)
-        return restore_model(self.checkpoint, plain, _CPU)
+        return restore(self.checkpoint, plain, _CPU)[0]
 
     def description(self) -> dict[str, Any]:
         """What the user of a file has to know; plain values."""
-        config, checkpoint = self.config, self.checkpoint
-        return {
-            "class_names": list(checkpoint["class_names"]),
+        config, checkpoint, heads = self.config, self.checkpoint, self.heads
+        about = {
+            "class_names": list(checkpoint["class_names"] if heads is None else heads.ends()),
             "model": config.model,
             "epoch": checkpoint["epoch"],
             "classifier": "cosine" if config.loss == "ldam" else "linear",
@@ -65,6 +69,17 @@ class Trained:
             "std": list(IMAGENET_STD),
             "temperature": checkpoint.get("temperature"),
         }
+        if heads is not None:
+            temperatures = checkpoint.get("head_temperatures", {})
+            about["heads"] = {
+                name: {
+                    "class_names": list(task.class_names),
+                    "when": task.spec.when and dict([task.spec.when]),
+                    "temperature": temperatures.get(name),
+                }
+                for name, task in heads.tasks.items()
+            }
+        return about
 
 
 class Format(NamedTuple):
@@ -79,14 +94,11 @@ class Format(NamedTuple):
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     kind = FORMATS[args.format]
-    output = _output(args, kind)
+    _require_suffix(args, kind)
     for package in kind.packages:
         _require(package, args.format)
     trained = Trained(*read_trained(args.checkpoint, args.epoch))
-    if trained.config.heads:
-        raise UserError(
-            f"{args.checkpoint}: a model with named heads has no exported form; use engine.predict or engine.load"
-        )
+    output = free_file(args.output, force=args.force)
     difference = export(trained, kind, output)
     print(f"{trained.config.model}, weights of epoch {trained.checkpoint['epoch']}, written to {output}")
     print(f"{output.stat().st_size / 1e6:.1f} MB; read back, its output differs from the model's by {difference:.1e}")
@@ -108,7 +120,8 @@ def export(trained: Trained, kind: Format, output: Path) -> float:
     def write_and_compare(unfinished: Path) -> None:
         nonlocal difference
         kind.write(trained, unfinished)
-        difference = largest_difference(kind.outputs(trained, unfinished, images), _own_outputs(trained, images))
+        found, wanted = kind.outputs(trained, unfinished, images), _own_outputs(trained, images)
+        difference = largest_difference(output_names(trained.heads), found, wanted)
         if not difference <= TOLERANCE:
             raise UserError(
                 f"{output}: the file's output differs from the model's by {difference:.1e}, more than {TOLERANCE:g}, "
@@ -116,18 +129,19 @@ def export(trained: Trained, kind: Format, output: Path) -> float:
             )
 
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(output, write_and_compare)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror or error}); name another") from error
     return difference
 
 
-def largest_difference(found: Outputs, wanted: Outputs) -> float:
+def largest_difference(names: Sequence[str], found: Outputs, wanted: Outputs) -> float:
     """See `export`; NaN where there is one."""
-    probabilities = (found[0] - wanted[0]).abs().max()
-    logits = (found[1] - wanted[1]).abs().max() / wanted[1].abs().max().clamp(min=1)
-    return torch.stack([probabilities, logits]).max().item()
+    differences = []
+    for name, a, b in zip(names, found, wanted, strict=True):
+        scale = b.abs().max().clamp(min=1) if name.startswith("logits") else 1
+        differences.append((a - b).abs().max() / scale)
+    return torch.stack(differences).max().item()
 
 
 @torch.inference_mode()
@@ -135,19 +149,21 @@ def _own_outputs(trained: Trained, images: Tensor) -> Outputs:
     model = trained.model()
     if trained.config.fused_se:
         fuse(model, trained.config)
-    outputs: Outputs = InferenceModel(model, IMAGENET_MEAN, IMAGENET_STD)(images)
-    return outputs
+    return _inference(trained, model)(images)
+
+
+def _inference(trained: Trained, model: nn.Module) -> InferenceModel:
+    return InferenceModel(model, trained.heads, IMAGENET_MEAN, IMAGENET_STD).eval()
 
 
 def _program(trained: Trained) -> torch.export.ExportedProgram:
     """The graph, for any number of images."""
-    model = trained.model()
-    if not trained.config.model.startswith(PREFIX):  # the order of whose modules may not be the order that they run in
-        fold_norms(model)
-    inference = InferenceModel(model, IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False)
+    inference = _inference(trained, trained.model()).requires_grad_(False)
     size = trained.config.img_size
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    return torch.export.export(inference, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(inference, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    fold_norms(program)
+    return program
 
 
 def _graph_description(trained: Trained) -> str:
@@ -156,13 +172,29 @@ def _graph_description(trained: Trained) -> str:
         trained.description()
         | {
             "preprocessing": [*_steps(trained.config), f"to {_INPUT} (N, 3, {size}, {size}) uint8; the rest is inside"],
-            "outputs": {
-                "probabilities": "(N, classes) float32, softmax(logits), as engine.predict writes them",
-                "logits": "(N, classes) float32; where temperature is a number, softmax(logits / temperature) is "
-                "calibrated",
-            },
+            "outputs": _output_descriptions(trained.heads),
         }
     )
+
+
+def _output_descriptions(heads: Heads | None) -> dict[str, str]:
+    of_one, calibrated = (
+        "(N, classes) float32",
+        "where temperature is a number, softmax({} / temperature) is calibrated",
+    )
+    if heads is None:
+        return {
+            "probabilities": f"{of_one}, softmax(logits), as engine.predict writes them",
+            "logits": f"{of_one}; {calibrated.format('logits')}",
+        }
+    told = {
+        "probabilities": f"{of_one} of class_names, those of the heads multiplied along each way to its end, as "
+        f"engine.predict writes them; {calibrated.format('log(probabilities)')}"
+    }
+    for name in heads.tasks:
+        told[f"probabilities_{name}"] = f"{of_one}, softmax(logits_{name})"
+        told[f"logits_{name}"] = f"{of_one}; with the head's own temperature as above"
+    return told
 
 
 def _steps(config: Config) -> list[str]:
@@ -184,7 +216,7 @@ def _write_onnx(trained: Trained, path: Path) -> None:
             dynamo=True,
             opset_version=OPSET,
             input_names=[_INPUT],
-            output_names=_OUTPUTS,
+            output_names=output_names(trained.heads),
             dynamic_shapes=({0: "batch"},),
             verbose=False,
         )
@@ -199,8 +231,7 @@ def _onnx_outputs(trained: Trained, path: Path, images: Tensor) -> Outputs:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    probabilities, logits = session.run(_OUTPUTS, {_INPUT: images.numpy()})
-    return torch.from_numpy(probabilities), torch.from_numpy(logits)
+    return tuple(map(torch.from_numpy, session.run(output_names(trained.heads), {_INPUT: images.numpy()})))
 
 
 def _write_program(trained: Trained, path: Path) -> None:
@@ -230,11 +261,11 @@ def _write_weights(trained: Trained, path: Path) -> None:
 
 @torch.inference_mode()
 def _weights_outputs(trained: Trained, path: Path, images: Tensor) -> Outputs:
-    config = trained.config
-    classes = len(trained.checkpoint["class_names"])
-    model = create_model(config.model, num_classes=classes, **config.model_options()).eval()
+    config, heads, classes = trained.config, trained.heads, len(trained.checkpoint["class_names"])
+    shapes = None if heads is None else heads.shapes()
+    model = create_model(config.model, num_classes=classes, heads=shapes, **config.model_options())
     model.load_state_dict(load_file(path))
-    outputs: Outputs = InferenceModel(model, IMAGENET_MEAN, IMAGENET_STD)(images)
+    outputs: Outputs = _inference(trained, model)(images)
     return outputs
 
 
@@ -245,11 +276,10 @@ FORMATS = {
 }
 
 
-def _output(args: argparse.Namespace, kind: Format) -> Path:
-    path = free_file(args.output, force=args.force)
-    if path.suffix != kind.suffix:
+def _require_suffix(args: argparse.Namespace, kind: Format) -> None:
+    path = Path(args.output)
+    if path.suffix != kind.suffix and not path.is_dir():
         raise UserError(f"--output {path}: readers know {args.format} by its ending; name it {path.stem}{kind.suffix}")
-    return path
 
 
 def _require(package: str, wanted_by: str) -> None:

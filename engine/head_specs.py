@@ -19,7 +19,8 @@ class HeadSpec:
     """One head, as it is described.
 
     Attributes:
-        column: of the manifest, ``label`` or ``label_*``; in a folder ``label`` is the name of the class folder.
+        column: of the manifest, ``label`` or ``label_*``; in a folder ``label`` is the name of the class folder. None:
+            the column ``label_NAME`` of the head's own name where the images have one, else ``label``.
         classes: which values of the column make each class; an image with any other has no label here. None: each value
             is a class.
         hidden: units of a hidden layer with ReLU; None: there is none.
@@ -28,7 +29,7 @@ class HeadSpec:
         weight: factor of its loss in the sum.
     """
 
-    column: str = MAIN_COLUMN
+    column: str | None = None
     classes: Mapping[str, tuple[str, ...]] | None = None
     hidden: int | None = None
     drop: float = 0.0
@@ -43,7 +44,7 @@ def read_head_specs(values: Any, source: str = "heads") -> dict[str, HeadSpec]:
     specs = {}
     for name, given in values.items():
         where = f"{source}: {name}"
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict(), name):
             raise UserError(f"{where}: not a name for a head; take letters, digits and _, and no name that torch uses")
         specs[name] = _spec(given, where)
     _require_conditions(specs, source)
@@ -70,9 +71,9 @@ def _spec(given: Any, where: str) -> HeadSpec:
     if not isinstance(given, Mapping) or not set(given) <= set(known):
         raise UserError(f"{where}: {given!r} must be a mapping with keys of {', '.join(known)}")
     given = {key: value for key, value in given.items() if value is not None}
-    column, classes, when = given.get("column", MAIN_COLUMN), given.get("classes"), given.get("when")
+    column, classes, when = given.get("column"), given.get("classes"), given.get("when")
     hidden, drop, weight = given.get("hidden"), given.get("drop", 0.0), given.get("weight", 1.0)
-    if not isinstance(column, str) or not (column == MAIN_COLUMN or column.startswith(f"{MAIN_COLUMN}_")):
+    if column is not None and not re.fullmatch(rf"{MAIN_COLUMN}(_.+)?", str(column)):
         raise UserError(f"{where}: column {column!r} must be label or label_NAME")
     if classes is not None:
         if not isinstance(classes, Mapping) or len(classes) < 2:
@@ -85,7 +86,7 @@ def _spec(given: Any, where: str) -> HeadSpec:
         }
         values = [value for merged in classes.values() for value in merged]
         if len(set(values)) < len(values):
-            raise UserError(f"{where}: classes name a value of {column} twice; leave it in one")
+            raise UserError(f"{where}: classes name a value twice; leave it in one")
     if when is not None:
         if not isinstance(when, Mapping) or len(when) != 1:
             raise UserError(f"{where}: when must be one head and its class, such as {{diagnosis: malignant}}")

@@ -59,8 +59,8 @@ class Heads:
         """
         found: dict[str, np.ndarray] = {}
         for name, task in self.tasks.items():
-            names, values = _column(samples, name, task.spec)
-            own = _known_labels(name, task, names)[values]
+            column, names, values = _column(samples, name, task.spec)
+            own = _known_labels(name, task, column, names)[values]
             if task.spec.when is not None:
                 parent, label = task.spec.when
                 own = np.where(found[parent] == self.tasks[parent].class_names.index(label), own, NO_LABEL)
@@ -129,7 +129,7 @@ def open_heads(config: Config, samples: Samples) -> Heads | None:
     """
     tasks: dict[str, HeadTask] = {}
     for name, spec in read_head_specs(config.heads).items():
-        class_names = tuple(spec.classes) if spec.classes is not None else _column(samples, name, spec)[0]
+        class_names = tuple(spec.classes) if spec.classes is not None else _column(samples, name, spec)[1]
         tasks[name] = HeadTask(spec, class_names)
         if spec.when is not None and spec.when[1] not in tasks[spec.when[0]].class_names:
             known = shorten(tasks[spec.when[0]].class_names)
@@ -155,6 +155,15 @@ def require_labels(heads: Heads, splits: Splits) -> None:
                 raise UserError(
                     f"heads: {name}: the {split} images hold none of {shorten(absent)}; give other splits or classes"
                 )
+
+
+def criterion_for(
+    config: Config, samples: Samples, heads: Heads | None, device: torch.device
+) -> Callable[[int], nn.Module]:
+    """The criterion of each epoch, for the training images; with heads it takes their indices in place of labels."""
+    if heads is None:
+        return make_criterion(config, samples.class_counts(), device)
+    return make_joint_criterion(config, heads, samples, device)
 
 
 def make_joint_criterion(
@@ -183,7 +192,7 @@ class JointLoss(nn.Module):
         super().__init__()
         self.criteria = {name: cast(CrossEntropyLoss, criterion) for name, criterion in criteria.items()}
         for criterion in self.criteria.values():
-            criterion.reduction, criterion.ignore_index = "sum", NO_LABEL
+            criterion.reduction = "none"
         self.weights = dict(weights)
         self.table = table
 
@@ -192,39 +201,37 @@ class JointLoss(nn.Module):
         columns = self.table[indices].unbind(1)
         losses = []
         for (name, criterion), labels in zip(self.criteria.items(), columns, strict=True):
-            counts = (labels != NO_LABEL).float()
-            if criterion.weight is not None:
-                counts = counts * criterion.weight[labels.clamp(min=0)]
-            total = counts.sum()
-            losses.append(self.weights[name] * criterion(logits[name], labels) / torch.where(total > 0, total, 1.0))
+            counts, labels = (labels != NO_LABEL).float(), labels.clamp(min=0)
+            summed = (counts * criterion(logits[name], labels)).sum()
+            total = counts.sum() if criterion.weight is None else (counts * criterion.weight[labels]).sum()
+            losses.append(self.weights[name] * summed / torch.where(total > 0, total, 1.0))
         return torch.stack(losses).sum()
 
 
-def _column(samples: Samples, name: str, spec: HeadSpec) -> tuple[tuple[str, ...], np.ndarray]:
-    """The values of a head's column by name, and the (n,) index of each image's, -1 where it has none."""
-    if spec.column == MAIN_COLUMN:
-        return samples.class_names, samples.labels
-    head = samples.heads.get(spec.column.removeprefix(f"{MAIN_COLUMN}_"))
-    if head is None:
-        known = ", ".join([MAIN_COLUMN, *(f"{MAIN_COLUMN}_{other}" for other in samples.heads)])
-        raise UserError(f"heads: {name}: the images have no column {spec.column}; they have {known}")
-    return head.class_names, head.labels
+def _column(samples: Samples, name: str, spec: HeadSpec) -> tuple[str, tuple[str, ...], np.ndarray]:
+    """The column of a head, its values by name, and the (n,) index of each image's, -1 where it has none."""
+    columns = {MAIN_COLUMN: (samples.class_names, samples.labels)}
+    columns |= {f"{MAIN_COLUMN}_{other}": (head.class_names, head.labels) for other, head in samples.heads.items()}
+    column = spec.column or (f"{MAIN_COLUMN}_{name}" if name in samples.heads else MAIN_COLUMN)
+    if column not in columns:
+        raise UserError(f"heads: {name}: the images have no column {column}; they have {', '.join(columns)}")
+    return column, *columns[column]
 
 
-def _known_labels(name: str, task: HeadTask, names: Sequence[str]) -> np.ndarray:
+def _known_labels(name: str, task: HeadTask, column: str, names: Sequence[str]) -> np.ndarray:
     """(values + 1,) int64: the label of each value of the column, and last of all that of none."""
     if task.spec.classes is None:
         label_of = {value: label for label, value in enumerate(task.class_names)}
         for value in names:
             if value not in label_of:
                 known = shorten(task.class_names)
-                raise UserError(f"heads: {name}: unknown {task.spec.column} {value!r} (known: {known})")
+                raise UserError(f"heads: {name}: unknown {column} {value!r} (known: {known})")
     else:
         label_of = {v: label for label, merged in enumerate(task.spec.classes.values()) for v in merged}
         for class_name, merged in task.spec.classes.items():
             if not set(merged) & set(names):
                 raise UserError(
-                    f"heads: {name}: {task.spec.column} holds nothing of class {class_name} ({shorten(merged)}); "
+                    f"heads: {name}: {column} holds nothing of class {class_name} ({shorten(merged)}); "
                     f"it holds {shorten(names)}"
                 )
     return np.array([*(label_of.get(value, NO_LABEL) for value in names), NO_LABEL], dtype=np.int64)

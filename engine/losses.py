@@ -126,13 +126,15 @@ class FocalLoss(nn.Module):
     2017, whose own is that of a sigmoid; for two classes they are the same. ``weight`` is its alpha. Targets of several
     classes, by MixUp or smoothing, weigh the losses of these classes.
 
-    Shape: logits (N, classes) of any floating dtype; targets (N,) int64 or (N, classes) floating; to a scalar.
+    Shape: logits (N, classes) of any floating dtype; targets (N,) int64 or (N, classes) floating; to a scalar, or with
+    ``reduction`` "none" to (N,) losses.
     """
 
     def __init__(self, gamma: float, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.gamma = gamma
         self.label_smoothing = label_smoothing
+        self.reduction = "mean"
         self.weight: Tensor | None
         self.register_buffer("weight", weight)
 
@@ -149,7 +151,8 @@ class FocalLoss(nn.Module):
                 total = self.weight[targets].sum()
             targets = torch.zeros_like(losses).scatter_(1, targets[:, None], 1)
         targets = (1 - self.label_smoothing) * targets + self.label_smoothing / losses.shape[1]
-        return (targets * losses).sum() / total
+        losses = (targets * losses).sum(dim=1)
+        return losses if self.reduction == "none" else losses.sum() / total
 
 
 class LDAMLoss(CrossEntropyLoss):

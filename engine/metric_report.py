@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.data.samples import shorten
 from engine.metrics import BINARY_METRIC_NAMES, ECE_BINS
 
 _MORE_TOTALS = {
@@ -40,10 +41,15 @@ _CLASS_COLUMNS = {
 
 
 def format_reports(metrics: Mapping[str, Any]) -> str:
-    """``format_report`` of what metrics.json holds, and below it that of each head where there are any."""
-    parts = [format_report(metrics)]
-    for name, of_head in metrics.get("heads", {}).items():
-        parts.append(f"Head {name}\n\n{format_report({'split': metrics['split'], **of_head})}")
+    """``format_report`` of what metrics.json holds; of heads each below its title: end to end, then one by one."""
+    heads = metrics.get("heads", {})
+    if not heads:
+        return format_report(metrics)
+    whole = "End to end" if any("when" in of_head for of_head in heads.values()) else "Of the first head"
+    parts = [f"{whole}: {shorten(metrics['per_class'])}\n\n{format_report(metrics)}"]
+    for name, of_head in heads.items():
+        given = "".join(f", of {head} {label}" for head, label in of_head.get("when", {}).items())
+        parts.append(f"Head {name}{given}\n\n{format_report({'split': metrics['split'], **of_head})}")
     return "\n\n\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.config import Config
 from engine.data.counter import Purpose, generator
 from engine.errors import UserError
 
@@ -70,6 +71,18 @@ class Mixing:
         else:
             images = images.lerp(images.roll(1, 0), 1 - kept)
         return images, mixed_targets(labels, self.num_classes, kept)
+
+
+def make_mixing(config: Config, num_classes: int) -> Mixing:
+    """False where a run mixes nothing."""
+    return Mixing(
+        num_classes,
+        config.seed,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+    )
 
 
 def cut_in(images: Tensor, kept: float, u: float, v: float) -> tuple[Tensor, float]:

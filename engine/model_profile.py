@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config import Config
 from engine.device import Precision
-from engine.losses import make_criterion
+from engine.heads import Heads
+from engine.mixing import make_mixing
 from engine.models import create_model
-from engine.optim import make_optimizer
 from engine.stages import make_freezing
+from engine.step import batch_loss, make_training
 
 FLOPS_PER_MAC = 2
 PHASES = ("forward", "backward", "optimizer")
@@ -47,7 +48,7 @@ class Arithmetic:
     Attributes:
         forward: of the forward pass.
         training: of the forward and the backward pass.
-        by_layer: of the forward pass, by top-level child.
+        by_layer: of the forward pass, by `layers`.
     """
 
     forward: int
@@ -60,8 +61,8 @@ class Times:
     """Of training steps on one batch that stays on the device.
 
     Attributes:
-        phases: of ``PHASES``, the loss in the forward pass; step: all of them.
-        forward_by_layer: p50 of each top-level child's forward pass, in milliseconds.
+        phases: of ``PHASES``, mixing and the loss in the forward pass; step: all of them.
+        forward_by_layer: p50 of the forward pass of each of `layers`, in milliseconds.
         saved_bytes: what autograd keeps of a batch from the forward pass for the backward pass, parameters left out.
         peak_bytes: the most memory that torch held on the GPU; None on a CPU.
     """
@@ -73,21 +74,32 @@ class Times:
     peak_bytes: int | None
 
 
-def count_arithmetic(name: str, num_classes: int, img_size: int) -> Arithmetic:
-    """Of a model of `engine.models`, by torch's own counter; nothing is computed."""
+def count_arithmetic(config: Config, num_classes: int, heads: Heads | None = None) -> Arithmetic:
+    """Of the model that a run trains, as it is frozen at first, by torch's own counter; nothing is computed."""
     n = 2  # a BatchNorm takes no single value
     with torch.device("meta"):
-        model = create_model(name, num_classes=num_classes)
-        images = torch.empty(n, 3, img_size, img_size)
+        shapes = None if heads is None else heads.shapes()
+        model = create_model(config.model, num_classes=num_classes, heads=shapes, **config.model_options())
+        images = torch.empty(n, 3, config.img_size, config.img_size)
+    make_freezing(model, config)
     with FlopCounterMode(display=False) as counter:
         out = model(images)
         forward = counter.get_total_flops()
         by_module = {str(module): sum(by_op.values()) for module, by_op in counter.get_flop_counts().items()}
-        out.sum().backward()
+        torch.stack([logits.sum() for logits in (out.values() if heads else [out])]).sum().backward()
         training = counter.get_total_flops()
     root = type(model).__name__
-    by_layer = {child: by_module.get(f"{root}.{child}", 0) // n for child, _ in model.named_children()}
+    by_layer = {name: by_module.get(f"{root}.{name}", 0) // n for name in layers(model)}
     return Arithmetic(forward // n, training // n, by_layer)
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The top-level children of a model, and in place of its heads, which no call runs together, each of them."""
+    found: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
+        parts = child.named_children() if isinstance(child, nn.ModuleDict) else ()
+        found |= {f"{name}.{part}": module for part, module in parts} or {name: child}
+    return found
 
 
 def saved_storages(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> dict[int, int]:
@@ -110,38 +122,46 @@ def storage_key(t: Tensor) -> int:
 
 
 def time_training(
-    model: nn.Module, num_classes: int, config: Config, device: torch.device, precision: Precision, *, seconds: float
+    model: nn.Module,
+    criterion: nn.Module,
+    num_targets: int,
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    *,
+    seconds: float,
 ) -> Times:
-    """Trains the model on noise for about ``seconds`` after a warm-up, by the same steps as a run."""
-    make_freezing(model, config)  # and training mode
-    optimizer, scaler = make_optimizer(model, config), precision.scaler()
-    criterion = make_criterion(config, np.ones(num_classes), device)(config.epochs)
+    """Trains the model on noise for about ``seconds`` after a warm-up, by the steps of a run's first epoch.
+
+    Each step is of one batch: gradients are not accumulated.
+
+    Args:
+        criterion: of the model's output and targets (B,) int64.
+        num_targets: those are drawn below it.
+    """
+    training = make_training(model, config, precision, steps_per_epoch=1)
+    mixing = make_mixing(config, num_targets)
     # as a loader delivers them
     shape = (config.batch_size, config.img_size, config.img_size, 3)
     images = torch.randn(shape, device=device).to(precision.input_dtype).permute(0, 3, 1, 2)
-    labels = torch.randint(num_classes, (config.batch_size,), device=device)
+    targets = torch.randint(num_targets, (config.batch_size,), device=device)
     watch = _Stopwatch(device)
 
     def forward() -> Tensor:
-        with precision.autocast():
-            return criterion(model(images), labels)
+        shown = mixing(images, targets, 0, len(watch)) if mixing else (images, targets)
+        return batch_loss(model, criterion, *shown, config, precision)
 
     def step() -> None:
         watch.begin_step()
         with watch.span("forward"):
             loss = forward()
         with watch.span("backward"):
-            scaler.scale(loss).backward()
+            training.scaler.scale(loss).backward()
         with watch.span("optimizer"):
-            if config.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            training.update(config.clip_grad)
 
     saved_bytes = sum(saved_storages(forward, model.parameters()).values())
-    with _watched_children(model, watch):
+    with _watched_layers(model, watch):
         for _ in range(_WARM_UP_STEPS):
             step()
         watch.clear()
@@ -154,15 +174,15 @@ def time_training(
     return Times(
         phases={phase: Quantiles.of(found) for phase, found in phases.items()},
         step=Quantiles.of(map(sum, zip(*phases.values(), strict=True))),
-        forward_by_layer={name: Quantiles.of(watch.milliseconds(name)).p50 for name, _ in model.named_children()},
+        forward_by_layer={name: Quantiles.of(watch.milliseconds(name)).p50 for name in layers(model)},
         saved_bytes=saved_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 
 @contextmanager
-def _watched_children(model: nn.Module, watch: _Stopwatch) -> Iterator[None]:
-    """Notes a span for every forward pass of a top-level child, under its name."""
+def _watched_layers(model: nn.Module, watch: _Stopwatch) -> Iterator[None]:
+    """Notes a span for every forward pass of one of `layers`, under its name."""
     began: dict[str, Any] = {}
 
     def before(name: str, *_: Any) -> None:
@@ -172,9 +192,9 @@ def _watched_children(model: nn.Module, watch: _Stopwatch) -> Iterator[None]:
         watch.note(name, began[name])
 
     handles = []
-    for name, child in model.named_children():
-        handles.append(child.register_forward_pre_hook(partial(before, name)))
-        handles.append(child.register_forward_hook(partial(after, name)))
+    for name, layer in layers(model).items():
+        handles.append(layer.register_forward_pre_hook(partial(before, name)))
+        handles.append(layer.register_forward_hook(partial(after, name)))
     try:
         yield
     finally:

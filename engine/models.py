@@ -129,7 +129,8 @@ def create_model(
     branch zero. With `pretrained` or `pretrained_path`, ``load_pretrained`` follows and its report is logged. Training
     drops each feature before the classifier with probability `drop`; a `cosine` classifier is a
     `engine.classifier.CosineLinear`, which has no ``fc.bias``. Neither changes the initial weights. With `heads` there
-    is no classifier: the model gives {name: (N, classes)}, and has ``heads.NAME.*`` beside the keys of the trunk.
+    is no classifier: the model gives {name: (N, classes)}, and has ``heads.NAME.*`` beside the keys of the trunk; the
+    last layer of each is then a `cosine` one, and `drop` is theirs.
 
     Raises:
         UserError: unknown name, fewer than one class, or weights that cannot be had or do not fit.
@@ -144,7 +145,7 @@ def create_model(
     else:
         model = ResNet(**_ARCHITECTURES[name]._asdict(), num_classes=num_classes, zero_init_residual=True)
     if heads:
-        _add_heads(model, name, heads)
+        _add_heads(model, name, heads, cosine=cosine)
     elif cosine or drop > 0:
         _replace_classifier(model, name, drop, cosine=cosine)
     if pretrained or pretrained_path is not None:
@@ -169,7 +170,7 @@ def _replace_classifier(model: nn.Module, name: str, drop: float, *, cosine: boo
     setattr(model.get_submodule(parent), child, (CosineLinear if cosine else DropoutLinear)(linear, drop))
 
 
-def _add_heads(model: nn.Module, name: str, heads: Mapping[str, HeadShape]) -> None:
+def _add_heads(model: nn.Module, name: str, heads: Mapping[str, HeadShape], *, cosine: bool) -> None:
     if hasattr(model, "heads"):
         raise UserError(f"heads: {name} has a part of that name already; use another model")
     if isinstance(model, ResNet):
@@ -179,16 +180,15 @@ def _add_heads(model: nn.Module, name: str, heads: Mapping[str, HeadShape]) -> N
         trunk: Any = model
         features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
         trunk.reset_classifier(0)
-    model.heads = nn.ModuleDict({head: _head(features, shape) for head, shape in heads.items()})
+    model.heads = nn.ModuleDict({head: _head(features, shape, cosine=cosine) for head, shape in heads.items()})
     # A hook, so that the trunk keeps its class and its keys, whatever library it is of
     model.register_forward_hook(_apply_heads)
 
 
-def _head(features: int, shape: HeadShape) -> nn.Sequential:
-    if shape.hidden is None:
-        return nn.Sequential(nn.Dropout(shape.drop), nn.Linear(features, shape.classes))
-    hidden = nn.Linear(features, shape.hidden)
-    return nn.Sequential(hidden, nn.ReLU(), nn.Dropout(shape.drop), nn.Linear(shape.hidden, shape.classes))
+def _head(features: int, shape: HeadShape, *, cosine: bool) -> nn.Sequential:
+    hidden = [] if shape.hidden is None else [nn.Linear(features, shape.hidden), nn.ReLU()]
+    last = nn.Linear(shape.hidden or features, shape.classes)
+    return nn.Sequential(*hidden, nn.Dropout(shape.drop), CosineLinear(last, 0.0) if cosine else last)
 
 
 def _apply_heads(model: nn.Module, args: object, features: Tensor) -> dict[str, Tensor]:
@@ -304,9 +304,8 @@ def _other_classifier(given: StateDict, expected: StateDict, place: str) -> str 
     if given_classes != classes:
         return f"{given_classes} classes in the weights, {classes} here"
     bias = f"{place}.bias"
-    if bias in given and bias not in expected:
-        return "linear in the weights, cosine here"
-    return None
+    kind, given_kind = ("linear" if bias in state else "cosine" for state in (expected, given))
+    return None if given_kind == kind or not classes else f"{given_kind} in the weights, {kind} here"
 
 
 def _classes(state: StateDict, place: str) -> int:

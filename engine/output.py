@@ -10,7 +10,8 @@ from engine.errors import UserError
 def free_file(name: str, *, force: bool | None = None, flag: str = "--output") -> Path:
     """The file that ``flag`` names, whose folder is made if there is none; ``force`` is ``--force``, None without one.
 
-    Asked for before anything is computed. Raises UserError rather than overwrite a file without ``--force``.
+    Asked for before anything is computed, and after whatever else may be refused, so that no folder is made in vain.
+    Raises UserError rather than overwrite a file without ``--force``.
     """
     path = Path(name)
     try:

@@ -28,7 +28,7 @@ from engine.errors import UserError
 from engine.heads import Heads
 from engine.output import free_file
 from engine.tables import format_table
-from engine.trained import add_model_flags, heads_of, open_trained, restore_model
+from engine.trained import add_model_flags, open_trained, restore
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,7 @@ def main(argv: list[str] | None) -> int:
     checkpoint, config = open_trained(args)
     images = find_images(args.images, allow_links=args.allow_links)
     output = free_file(args.output, force=args.force)
-    model = restore_model(checkpoint, config, device)
-    heads = heads_of(checkpoint, config)
+    model, heads = restore(checkpoint, config, device)
     found = predict(model, tuple(checkpoint["class_names"]), images, config, device, heads)
     for i, reason in sorted(found.reasons.items()):
         print(f"not predicted: {printable(found.names[i])}: {reason}", file=sys.stderr)
@@ -116,6 +115,11 @@ def columns_of(class_names: tuple[str, ...], heads: Heads | None) -> list[tuple[
     return [tuple(heads.ends()), *(task.class_names for task in heads.tasks.values())]
 
 
+def nothing_seen(images: int, class_names: tuple[str, ...], heads: Heads | None) -> np.ndarray:
+    """(images, width) float32 NaN, to be filled with the probabilities of `columns_of`."""
+    return np.full((images, sum(map(len, columns_of(class_names, heads)))), np.nan, dtype=np.float32)
+
+
 def look_at_files(
     images: Unlabelled,
     model: nn.Module,
@@ -132,8 +136,7 @@ def look_at_files(
     reasons |= {file: printable(found.reason) for file, found in probes if found.reason is not None}
 
     readable = [i for i, file in enumerate(files) if file not in reasons]
-    width = sum(map(len, columns_of(class_names, heads)))
-    probabilities = np.full((len(files), width), np.nan, dtype=np.float32)
+    probabilities = nothing_seen(len(files), class_names, heads)
     if readable:
         # with a class for each file, the labels of a batch tell which files it holds
         looked_at = tuple(files[i] for i in readable)
@@ -184,8 +187,7 @@ def look_at(
     """
     precision = Precision(device, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, dataclasses.replace(config, max_bad_fraction=1.0), device, precision)
-    width = sum(map(len, columns_of(class_names, heads)))
-    probabilities = np.full((len(samples), width), np.nan, dtype=np.float32)
+    probabilities = nothing_seen(len(samples), class_names, heads)
     with tqdm(total=len(samples), desc="predicting", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader.epoch(0):
             with precision.autocast():

@@ -43,6 +43,11 @@ class Predictions:
     folds: tuple[int, ...] | None = None
 
 
+def predictions_path(path: Path, head: str | None = None) -> Path:
+    """Where what one head says stands, beside the ``path`` of what all say together."""
+    return path if head is None else path.with_stem(f"{path.stem}_{head}")
+
+
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Writes a row an image: ``filename,truth,prediction``, ``group`` and ``fold`` where there are any, and a column
     ``prob_CLASS`` for each class.

@@ -39,9 +39,9 @@ LEAST_LINES = 4
 
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    output = _free_output(args)
     config = resolve(_with_source(args))
     splits = open_data(config)
+    output = _free_output(args)
     samples, sampler = splits.train, make_sampler(splits.train, config)
     balance = Balance(
         names=tuple(map(printable, samples.class_names)),
@@ -182,11 +182,11 @@ def _caption(config: Config, images: int, draws: int, epoch: int) -> str:
 
 
 def _free_output(args: argparse.Namespace) -> Path:
-    path = free_file(args.picture, force=args.force)
-    if path.suffix[1:].lower() not in PICTURE_FORMATS:
+    path = Path(args.picture)
+    if path.suffix[1:].lower() not in PICTURE_FORMATS and not path.is_dir():
         known = ", ".join(f".{name}" for name in PICTURE_FORMATS)
         raise UserError(f"--output {path}: a picture's name ends in one of {known}")
-    return path
+    return free_file(args.picture, force=args.force)
 
 
 def _with_source(args: argparse.Namespace) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,12 +22,14 @@ from engine.build import build_model, open_data
 from engine.cli import run
 from engine.command_line import add_run_flags, make_parser, resolve
 from engine.config import Config
-from engine.data import DATA_BACKENDS, Splits
+from engine.data import DATA_BACKENDS, Samples, Splits
 from engine.data.listing import write_all
 from engine.data_profile import Stage, profile_parts, profile_pipeline
 from engine.device import Precision, pick_device
 from engine.errors import UserError
-from engine.model_profile import FLOPS_PER_MAC, PHASES, Arithmetic, Times, count_arithmetic, time_training
+from engine.heads import criterion_for, open_heads
+from engine.losses import make_criterion
+from engine.model_profile import FLOPS_PER_MAC, PHASES, Arithmetic, Times, count_arithmetic, layers, time_training
 from engine.output import free_file
 from engine.tables import format_table
 
@@ -37,7 +40,6 @@ def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     if not args.seconds > 0:
         raise UserError(f"--seconds {args.seconds:g} does not work: it must be above 0")
-    output = free_file(args.figures, force=args.force) if args.figures else None
     names_data = any(hasattr(args, name) for name in ("data_dir", "csv", "recipe"))
     model_alone = hasattr(args, "num_classes") and not names_data and not args.data_only
     config = resolve(args, default_recipe=None if model_alone else "digits")
@@ -50,13 +52,13 @@ def main(argv: list[str] | None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     splits = None if model_alone else open_data(config)
+    output = free_file(args.figures, force=args.force) if args.figures else None
 
     figures: dict[str, Any] = {"machine": describe_machine(device), "precision": str(precision)}
     figures["args"] = config.as_mapping()
     speed = None
     if not args.data_only:
-        num_classes = len(splits.train.class_names) if splits else int(config.num_classes or 0)
-        figures["model"] = _profile_model(config, num_classes, device, precision, args.seconds)
+        figures["model"] = _profile_model(config, splits.train if splits else None, device, precision, args.seconds)
         speed = figures["model"]["images_per_second"]["step"]
     if splits:
         figures["data"] = _profile_data(config, splits, backends, device, precision, args.seconds, speed)
@@ -66,17 +68,26 @@ def main(argv: list[str] | None) -> None:
 
 
 def _profile_model(
-    config: Config, num_classes: int, device: torch.device, precision: Precision, seconds: float
+    config: Config, samples: Samples | None, device: torch.device, precision: Precision, seconds: float
 ) -> dict[str, Any]:
-    """Prints the model's profile and returns its figures."""
-    arithmetic = count_arithmetic(config.model, num_classes, config.img_size)
-    model = build_model(config, num_classes, device, starts_fresh=False)
+    """Prints the profile of the model for these training images, or for ``config.num_classes``; returns its figures."""
+    num_classes = int(config.num_classes or 0) if samples is None else len(samples.class_names)
+    heads = None if samples is None else open_heads(config, samples)
+    arithmetic = count_arithmetic(config, num_classes, heads)
+    model = build_model(config, num_classes, device, starts_fresh=False, heads=heads)
     layout = "channels-last" if config.channels_last else "NCHW"
+    kinds = f"{num_classes} classes" if heads is None else f"heads {', '.join(heads.tasks)}"
     print(
-        f"{config.model}, {num_classes} classes, on {describe_machine(device)['device']}: "
+        f"{config.model}, {kinds}, on {describe_machine(device)['device']}: "
         f"steps of {config.batch_size} images of {config.img_size} px, {precision}, {layout}"
     )
-    times = time_training(model, num_classes, config, device, precision, seconds=seconds)
+    if samples is None:
+        criterion_of = make_criterion(config, np.ones(num_classes), device)
+    else:
+        criterion_of = criterion_for(config, samples, heads, device)
+    # with heads the targets are images, whose labels the criterion looks up
+    num_targets = len(samples) if samples and heads else num_classes
+    times = time_training(model, criterion_of(config.epochs), num_targets, config, device, precision, seconds=seconds)
     figures = model_figures(model, arithmetic, times, config.batch_size)
     print(f"\n{format_costs(figures)}\n\n{format_times(figures)}\n\n{format_layers(figures)}")
     return figures
@@ -100,11 +111,11 @@ def model_figures(model: nn.Module, arithmetic: Arithmetic, times: Times, batch_
         "images_per_second": speed,
         "layers": {
             name: {
-                "parameters": _parameters(child),
+                "parameters": _parameters(layer),
                 "forward_macs": arithmetic.by_layer.get(name, 0) // FLOPS_PER_MAC,
                 "forward_milliseconds": times.forward_by_layer[name],
             }
-            for name, child in model.named_children()
+            for name, layer in layers(model).items()
         },
     }
 

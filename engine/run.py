@@ -16,7 +16,7 @@ from engine.checkpoint import save_checkpoint, write_atomically
 from engine.config import Config
 from engine.errors import UserError
 from engine.pictures import save_confusion_matrix, save_curves
-from engine.predictions import Predictions, write_predictions
+from engine.predictions import Predictions, predictions_path, write_predictions
 
 Row = dict[str, Any]
 
@@ -88,7 +88,7 @@ class RunDirectory:
         self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
     def write_predictions(self, predictions: Predictions, head: str | None = None) -> None:
-        write_predictions(self.path / ("predictions.csv" if head is None else f"predictions_{head}.csv"), predictions)
+        write_predictions(predictions_path(self.path / "predictions.csv", head), predictions)
 
     def write_pictures(self, history: list[Row], metrics: dict[str, Any]) -> None:
         save_curves(history, self.path / "curves.png")

@@ -36,6 +36,7 @@ class Scored:
         heads: of a model with heads the same of each one, on the images that count there; the rest is then what they
             say together, end to end (`Heads.ends`).
         groups: n names of what belongs together, such as patients; None: each image is by itself.
+        when: of a head the {head: class} on whose images alone it is scored, where it has such a condition.
     """
 
     files: tuple[str, ...]
@@ -44,6 +45,7 @@ class Scored:
     labels: Tensor
     heads: Mapping[str, Scored] = field(default_factory=dict)
     groups: tuple[str, ...] | None = None
+    when: Mapping[str, str] = field(default_factory=dict)
 
     def predictions(self, folder: Path) -> Predictions:
         """For ``predictions.csv``, with names relative to ``folder``."""
@@ -126,7 +128,10 @@ def _score_heads(model: nn.Module, loader: Loader, heads: Heads, precision: Prec
     for end, path in enumerate(ends.values()):
         truth[torch.stack([labels[head] == label for head, label in path]).all(dim=0)] = end
     of_head = {
-        name: _counted(files, groups, task.class_names, logits[name], labels[name])
+        name: replace(
+            _counted(files, groups, task.class_names, logits[name], labels[name]),
+            when=dict([task.spec.when] if task.spec.when else []),
+        )
         for name, task in heads.tasks.items()
         if (labels[name] != NO_LABEL).any()
     }
@@ -178,9 +183,11 @@ def final_metrics(
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
       ``split`` is "validation", tried on the same images.
-    - ``heads``: of a model with heads the same of each one, at the temperature of its own.
+    - ``heads``: of a model with heads the same of each one, at the temperature of its own, and ``when`` it counts.
     """
     metrics = _metrics(scored)
+    if scored.when:
+        metrics["when"] = dict(scored.when)
     metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names, groups=scored.groups)
     metrics["intervals_by"] = "image" if scored.groups is None else "group"
     if scored.groups is not None:

@@ -15,7 +15,7 @@ PREFIX = "timm:"
 def create_timm_model(name: str, *, num_classes: int, drop: float = 0.0) -> nn.Module:
     """timm's model of that name, without ``PREFIX``, as timm initialises it; ``drop`` is its ``drop_rate``.
 
-    Raises UserError where timm is not installed, does not know the name or has no such option for it.
+    Raises UserError where timm is not installed, does not know the name, has no such option for it or no classifier.
     """
     timm = _timm(name)
     if not timm.is_model(name):
@@ -23,9 +23,14 @@ def create_timm_model(name: str, *, num_classes: int, drop: float = 0.0) -> nn.M
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise UserError(f"--model {PREFIX}{name}: timm {timm.__version__} has no such model{hint}")
     try:
-        return timm.create_model(name, num_classes=num_classes, **({"drop_rate": drop} if drop else {}))
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **({"drop_rate": drop} if drop else {}))
     except TypeError as error:
+        if not drop:
+            raise UserError(f"--model {PREFIX}{name}: timm cannot build it ({error}); use another model") from error
         raise UserError(f"--drop {drop} does not go with --model {PREFIX}{name} ({error}); leave it out") from error
+    if not classifier_names(model):
+        raise UserError(f"--model {PREFIX}{name}: it ends in no classifier; use another model")
+    return model
 
 
 def download_timm_weights(name: str) -> dict[str, Tensor]:
@@ -46,10 +51,10 @@ def download_timm_weights(name: str) -> dict[str, Tensor]:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Where a model of this project or of timm has its last layer: in some there are two of it."""
+    """Where a model of this project or of timm has its last layer: in some there are two of it, in encoders none."""
     described: Any = getattr(model, "pretrained_cfg", None)
     names = described["classifier"] if described else "fc"
-    return (names,) if isinstance(names, str) else tuple(names)
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _timm(name: str) -> Any:

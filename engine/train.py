@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,50 +31,16 @@ from engine.config import SELECT_ON, Config
 from engine.data import Loader, Samples, Splits, drop_bad
 from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
-from engine.ema import ModelEma
 from engine.errors import UserError
-from engine.heads import Heads, checked_heads, make_joint_criterion
-from engine.losses import make_criterion, sum_of_squares, twice_corrected
+from engine.heads import Heads, checked_heads, criterion_for
+from engine.losses import twice_corrected
 from engine.metric_report import format_reports
 from engine.metrics import metric_is_better
-from engine.mixing import Mixing
-from engine.optim import make_optimizer, make_schedule
+from engine.mixing import Mixing, make_mixing
 from engine.run import Row, RunDirectory
 from engine.scoring import Scored, final_metrics, score, score_images
-from engine.stages import Freezing, frozen_at_random, make_freezing
-
-
-@dataclasses.dataclass
-class Training:
-    """Everything that one optimizer step changes."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    scaler: torch.amp.GradScaler
-    ema: ModelEma | None = None
-    freezing: Freezing = dataclasses.field(default_factory=Freezing)
-
-    @property
-    def scored(self) -> nn.Module:
-        """The model that is scored and kept: the average of the weights, where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def state_dict(self) -> dict[str, Any]:
-        """Under "model" stands the scored one, which is what all who read a checkpoint are after."""
-        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
-        state["model"] = self.scored.state_dict()
-        if self.ema is not None:
-            state |= {"raw_model": self.model.state_dict(), "ema_updates": self.ema.updates}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.scored.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.model.load_state_dict(state["raw_model"])
-            self.ema.updates = state["ema_updates"]
+from engine.stages import frozen_at_random
+from engine.step import Training, batch_loss, make_training
 
 
 def main(argv: list[str] | None) -> None:
@@ -96,12 +60,9 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     splits = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     heads = checked_heads(config, splits)
-    if heads is None:
-        criterion_of: Callable[[int], nn.Module] = make_criterion(config, splits.train.class_counts(), device)
-    else:
-        criterion_of = make_joint_criterion(config, heads, splits.train, device)
+    criterion_of = criterion_for(config, splits.train, heads, device)
     training, train_loader = _build(config, splits, heads, device, precision, starts_fresh=not resume)
-    mixing = _mixing(config, len(splits.train.class_names))
+    mixing = make_mixing(config, len(splits.train.class_names))
     history: list[Row] = []
     best: Row | None = None
     if checkpoint is not None:
@@ -151,7 +112,7 @@ def train_epoch(
     mixing: Mixing | None = None,
 ) -> Row:
     """One pass over the loader. Inside the loop the host never waits for the device."""
-    model, optimizer, scaler = training.freezing.train(training.model, epoch), training.optimizer, training.scaler
+    model = training.freezing.train(training.model, epoch)
     loss_sum: Tensor | None = None
     images_seen, waited, began = 0, 0.0, time.perf_counter()
     # dropout draws from torch's own generators, whose state no checkpoint keeps
@@ -169,23 +130,12 @@ def train_epoch(
             # the last group of an epoch may hold fewer batches
             group_start = step - step % config.grad_accum_steps
             group = min(config.grad_accum_steps, steps - group_start)
-            with precision.autocast():
-                loss = criterion(model(images), targets)
-            if config.l2_loss:
-                loss = loss + 0.5 * config.l2_loss * sum_of_squares(model.parameters())
-            scaler.scale(loss / group).backward()
+            loss = batch_loss(model, criterion, images, targets, config, precision)
+            training.scaler.scale(loss / group).backward()
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
 
             if step + 1 == group_start + group:
-                if config.clip_grad is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                training.schedule.step()
-                if training.ema is not None:
-                    training.ema.update(model)
+                training.update(config.clip_grad)
 
             images_seen += len(targets)
             seconds = time.perf_counter() - began
@@ -200,17 +150,6 @@ def train_epoch(
         "data_wait": waited / seconds,
         "seconds": seconds,
     }
-
-
-def _mixing(config: Config, num_classes: int) -> Mixing:
-    return Mixing(
-        num_classes,
-        config.seed,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-    )
 
 
 def _checked_data(config: Config) -> Splits:
@@ -243,12 +182,7 @@ def _build(
         sampler=make_sampler(splits.train, config),
         augmentation=make_augmentation(config),
     )
-    freezing = make_freezing(model, config)
-    optimizer = make_optimizer(model, config)
-    steps_per_epoch = math.ceil(len(loader) / config.grad_accum_steps)
-    schedule = make_schedule(optimizer, config, steps_per_epoch)
-    ema = ModelEma(model, config.model_ema_decay, warmup=config.model_ema_warmup) if config.model_ema else None
-    return Training(model, optimizer, schedule, precision.scaler(), ema, freezing), loader
+    return make_training(model, config, precision, math.ceil(len(loader) / config.grad_accum_steps)), loader
 
 
 def _scalars(metrics: dict[str, Any]) -> Row:

@@ -65,12 +65,12 @@ def heads_of(checkpoint: dict[str, Any], config: Config) -> Heads | None:
     return restore_heads(config, checkpoint.get("heads", {}))
 
 
-def restore_model(checkpoint: dict[str, Any], config: Config, device: torch.device) -> nn.Module:
-    """The checkpoint's model on ``device``, fused where ``config`` says so, in evaluation mode."""
+def restore(checkpoint: dict[str, Any], config: Config, device: torch.device) -> tuple[nn.Module, Heads | None]:
+    """The checkpoint's model on ``device``, fused where ``config`` says so, in evaluation mode; and its heads."""
     classes, heads = len(checkpoint["class_names"]), heads_of(checkpoint, config)
     model = build_model(config, classes, device, starts_fresh=False, heads=heads)
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    return model.eval(), heads
 
 
 def _checkpoint_path(name: str, epoch: int | None) -> Path:

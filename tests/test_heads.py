@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
-from sklearn.metrics import f1_score, recall_score
 from torch import nn
 
-from engine import evaluate, predict, train
+from engine import evaluate, predict, split, train
 from engine.build import open_data
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
@@ -29,9 +27,12 @@ from engine.errors import UserError
 from engine.fusion import fuse
 from engine.head_specs import plain_specs, read_head_specs
 from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
+from engine.losses import make_criterion
 from engine.models import HeadShape, create_model, load_pretrained
-from engine.predictions import read_predictions
+from engine.predictions import predictions_path, read_predictions
 from engine.run import RunDirectory
+from engine.stages import make_freezing
+from tests.figures import assert_figures_follow
 from tests.image_folders import write_image
 from tests.test_train_step import HostReads
 
@@ -70,8 +71,14 @@ def test_labels_are_looked_up_merged_and_left_out_by_condition():
 
 @pytest.mark.parametrize(
     "options",
-    ({"smoothing": 0.1}, {"class_weights": "balanced"}, {"loss": "logit-adjustment"}),
-    ids=("smoothing", "weights", "logit adjustment"),
+    (
+        {"smoothing": 0.1},
+        {"class_weights": "balanced"},
+        {"loss": "logit-adjustment"},
+        {"loss": "focal", "class_weights": "effective"},
+        {"loss": "ldam"},
+    ),
+    ids=("smoothing", "weights", "logit adjustment", "focal", "ldam"),
 )
 def test_the_joint_loss_is_the_weighted_sum_of_means_over_the_images_that_count(options):
     images = samples([0, 0, 0, 1, 2, 2, 3])
@@ -86,13 +93,8 @@ def test_the_joint_loss_is_the_weighted_sum_of_means_over_the_images_that_count(
         ("diagnosis", 1.0, [0, 1, 2, 3, 4], [0, 1, 1, 0, 1]),
         ("subtype", 0.5, [1, 2, 4], [1, 2, 1]),
     ):
-        counts = torch.tensor([3.0, 4.0] if name == "diagnosis" else [1.0, 2.0, 1.0])
-        own, target = logits[name][rows], torch.tensor(labels)
-        if "loss" in options:
-            own = own + (counts / counts.sum()).log()
-        weight = counts.sum() / (len(counts) * counts) if "class_weights" in options else None
-        smoothing = 0.0 if "loss" in options else options.get("smoothing", 0.1)
-        expected += factor * F.cross_entropy(own, target, weight, label_smoothing=smoothing)
+        counts = np.array([3, 4] if name == "diagnosis" else [1, 2, 1])
+        expected += factor * make_criterion(config, counts, CPU)(0)(logits[name][rows], torch.tensor(labels))
     with HostReads() as reads:
         got = loss(logits, indices)
     torch.testing.assert_close(got, expected)
@@ -144,18 +146,25 @@ def test_a_network_with_heads_keeps_the_keys_of_its_trunk_fused_and_pretrained(n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    """As published: folders of classes, and no split."""
     root = tmp_path_factory.mktemp("smears")
     for label, (name, colour) in enumerate(FOLDERS.items()):
-        for i in range(8):
-            write_image(root / "train" / name / f"{i}.png", colour, seed=100 * label + i)
-        for i in range(4):
-            write_image(root / "test" / name / f"{i}.png", colour, seed=100 * label + 50 + i)
+        for i in range(12):
+            write_image(root / name / f"Snap_{i + 1:03d}.jpg", colour, seed=100 * label + i)
     return root
+
+
+@pytest.fixture(scope="module")
+def split_in_three(folder, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("split")
+    shares = ("--val-fraction", "0.25", "--test-fraction", "0.25")
+    assert run(split.main, [str(folder), "--output", str(output), *shares]) == 0
+    return output
 
 
 @pytest.mark.parametrize("backend", DATA_BACKENDS)
 def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
-    files = sorted((folder / "test").rglob("*.png"))[:6]
+    files = sorted(folder.rglob("*.jpg"))[:6]
     images = Samples(tuple(map(str, files)), np.array([0, 1] * 3), ("a", "b"))
     options = {"batch_size": 4, "img_size": 8, "device": CPU, "dtype": torch.float32, "training": False, "workers": 1}
     loader = make_loader(backend, images, by_index=True, **options)
@@ -166,14 +175,17 @@ def test_every_backend_gives_indices_where_it_is_asked_to(folder, backend):
     assert [indices.tolist() for _, indices in batches] == [[0, 1, 2, 3], [4, 5]]
 
 
+SMALL = ("--recipe", "leukemia-multitask", "--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8")
+SHORT = ("-j", "1", "--warmup-epochs", "0")
+
+
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory) -> Path:
+def finished(split_in_three, tmp_path_factory) -> Path:
     """Two epochs by the recipe on a small network, of which the second one after an interruption."""
     output = tmp_path_factory.mktemp("runs") / "heads"
-    small = ("--model", "resnet18", "--no-pretrained", "--img-size", "16", "-b", "8", "-j", "1")
-    short = ("--epochs", "2", "--warmup-epochs", "0", "--model-ema", "--model-ema-warmup", "--fused-se")
-    flags = (*small, *short, "--eval-metric", "subtype.loss")
-    argv = ["--recipe", "leukemia-multitask", "--data-dir", str(folder), *flags]
+    parts = {"--csv": "train.csv", "--val-csv": "val.csv", "--test-csv": "test.csv"}
+    images = [word for flag, name in parts.items() for word in (flag, str(split_in_three / name))]
+    flags = ("--epochs", "2", "--model-ema", "--model-ema-warmup", "--fused-se", "--eval-metric", "subtype.loss")
     with pytest.MonkeyPatch.context() as patch:
         write = RunDirectory.write_history
 
@@ -182,25 +194,44 @@ def finished(folder, tmp_path_factory) -> Path:
             raise KeyboardInterrupt
 
         patch.setattr(RunDirectory, "write_history", written_and_interrupted)
-        assert run(train.main, [*argv, "--output", str(output)]) == 130
+        assert run(train.main, [*SMALL, *SHORT, *images, *flags, "--output", str(output)]) == 130
     assert run(train.main, ["--resume", str(output)]) == 0
     return output
 
 
-def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
-    metrics = json.loads((finished / "metrics.json").read_text())
-    subtypes = ("Pre-B", "Pro-B", "early Pre-B")
-    classes = {None: ("benign", *subtypes), "diagnosis": ("benign", "malignant"), "subtype": subtypes}
+SUBTYPES = ("Pre-B", "Pro-B", "early Pre-B")
+
+
+def assert_report_follows(output: Path, counts: dict[str | None, int]) -> None:
+    """End to end, of the diagnosis, and of the subtype given malignant, from as many images as ``counts`` says."""
+    metrics = json.loads((output / "metrics.json").read_text())
+    classes = {None: ("benign", *SUBTYPES), "diagnosis": ("benign", "malignant"), "subtype": SUBTYPES}
     for head, names in classes.items():
-        figures = metrics if head is None else metrics["heads"][head]
-        told = read_predictions(finished / ("predictions.csv" if head is None else f"predictions_{head}.csv"))
+        told = read_predictions(predictions_path(output / "predictions.csv", head))
         assert told.class_names == names
-        assert len(told.files) == (12 if head == "subtype" else 16)
-        truth, predicted = told.labels.numpy(), told.predictions.numpy()
-        assert figures["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
-        recall = recall_score(truth, predicted, average=None, labels=range(len(names)), zero_division=0)
-        assert [figures["per_class"][name]["recall"] for name in names] == pytest.approx(list(recall))
+        assert len(told.files) == counts[head]
+        assert_figures_follow(metrics if head is None else metrics["heads"][head], told)
     assert metrics["heads"]["diagnosis"]["positive_class"] == "malignant"
+
+
+def test_figures_of_each_head_and_end_to_end_follow_from_the_predictions(finished):
+    assert_report_follows(finished, {None: 12, "diagnosis": 12, "subtype": 9})
+
+
+def test_labels_of_two_columns_train_the_same_recipe(folder, tmp_path, capsys):
+    """Of a benign image the subtype is empty, and of one malignant image it is not known."""
+    lines = ["filename,label,label_subtype,split"]
+    for name, subtype in zip(FOLDERS, ("", *SUBTYPES), strict=True):
+        for i, image in enumerate(sorted((folder / name).iterdir())):
+            told = "" if (name, i) == ("[Malignant] Pro-B", 11) else subtype
+            lines.append(f"{image},{'malignant' if subtype else 'benign'},{told},{('train', 'val', 'test')[i // 4]}")
+    (tmp_path / "smears.csv").write_text("\n".join(lines))
+    argv = [*SMALL, *SHORT, "--csv", str(tmp_path / "smears.csv"), "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert run(train.main, argv) == 0
+    assert_report_follows(tmp_path / "run", {None: 15, "diagnosis": 16, "subtype": 11})
+    printed = capsys.readouterr().out
+    titles = ("End to end: benign, Pre-B, Pro-B, early Pre-B", "Head diagnosis", "Head subtype, of diagnosis malignant")
+    assert [title in printed for title in titles] == [True] * 3
 
 
 def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_images(finished, folder, tmp_path):
@@ -211,26 +242,35 @@ def test_evaluate_gives_the_figures_of_the_run_and_leaves_out_a_head_without_ima
     for name in ("", "_diagnosis", "_subtype"):
         assert (tmp_path / f"of{name}.csv").read_text() == (finished / f"predictions{name}.csv").read_text()
 
-    benign = sorted((folder / "test" / "Benign").iterdir())
+    benign = sorted((folder / "Benign").iterdir())
     (tmp_path / "benign.csv").write_text("filename,label\n" + "".join(f"{file},Benign\n" for file in benign))
     argv = [str(finished), "--csv", str(tmp_path / "benign.csv"), "--output", str(tmp_path / "benign.json")]
     assert run(evaluate.main, argv) == 0
     assert list(json.loads((tmp_path / "benign.json").read_text())["heads"]) == ["diagnosis"]
 
 
+def test_evaluate_overwrites_the_table_of_no_head(finished, tmp_path, capsys):
+    (tmp_path / "of_subtype.csv").write_text("precious")
+    assert run(evaluate.main, [str(finished), "--predictions", str(tmp_path / "of.csv")]) == 2
+    assert f"--predictions {tmp_path / 'of_subtype.csv'}: exists" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 def test_predict_writes_what_the_run_says_of_every_head(finished, folder, tmp_path):
     output = tmp_path / "of.csv"
-    assert run(predict.main, [str(finished), str(folder / "test" / "[Malignant] Pre-B"), "--output", str(output)]) == 0
+    tested = read_predictions(finished / "predictions_subtype.csv").files
+    images = [file for file in tested if Path(file).parent.name == "[Malignant] Pre-B"]
+    assert run(predict.main, [str(finished), *images, "--output", str(output)]) == 0
     with output.open() as file:
         rows = list(csv.DictReader(file))
     told = {name: read_predictions(finished / f"predictions{name}.csv") for name in ("", "_diagnosis", "_subtype")}
     for row in rows:
         for name, of_head in told.items():
-            i = of_head.files.index(f"test/[Malignant] Pre-B/{Path(row['filename']).name}")
+            i = of_head.files.index(row["filename"])
             assert row[f"prediction{name}"] == of_head.class_names[of_head.predictions[i]]
             got = [float(row[f"prob{name}_{label}"]) for label in of_head.class_names]
             assert got == pytest.approx(of_head.probabilities[i].tolist(), rel=1e-4)
-    assert len(rows) == 4
+    assert len(rows) == 3
 
 
 def test_end_to_end_probabilities_are_those_of_the_chain(finished):
@@ -287,6 +327,7 @@ def test_labels_of_two_columns_of_a_manifest(tmp_path):
         ({"subtype": {"hiden": 3}}, "subtype: .* must be a mapping with keys of column, classes, hidden"),
         ({"subtype": {"drop": 1.0}}, "subtype: drop 1.0 must be at least 0 and below 1"),
         ({"type": {}}, "type: not a name for a head"),
+        ({"training": {}}, "training: not a name for a head"),
     ),
 )
 def test_heads_that_cannot_be_are_refused_by_name(change, message):
@@ -299,7 +340,6 @@ def test_heads_that_cannot_be_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"loss": "focal"}, "--loss focal does not go with heads"),
         ({"mixup": 0.2}, "--mixup 0.2 does not go with heads"),
         ({"drop": 0.5}, "give each head its own drop"),
         ({"eval_metric": "grade.macro_f1"}, "HEAD.METRIC with a head of diagnosis, subtype"),
@@ -317,3 +357,21 @@ def test_the_leukaemia_recipe_fits_both_ways_of_naming_the_folders():
         heads = open_heads(config, images)
         assert heads.labels(images)["subtype"].tolist() == subtypes
         assert list(heads.ends()) == ["benign", "Pre-B", "Pro-B", "early Pre-B"]
+
+
+def test_the_leukaemia_network_is_as_described():
+    """Two heads of 256 units over ResNet50, which is frozen up to its second stage, BatchNorm included."""
+    config = Config(**read_recipe("leukemia-multitask"))
+    heads = open_heads(config, Samples(("a", "b", "c", "d"), np.arange(4), CLASSES))
+    assert heads.shapes() == {"diagnosis": HeadShape(2, 256, 0.5), "subtype": HeadShape(3, 256, 0.5)}
+    assert [task.spec.weight for task in heads.tasks.values()] == [1.0, 1.0]
+    with torch.device("meta"):
+        model = create_model(config.model, num_classes=4, heads=heads.shapes())
+    layers = [type(layer) for layer in model.heads["subtype"]]
+    assert layers == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert model.heads["subtype"][0].in_features == 2048
+    make_freezing(model, config)
+    frozen = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv1", "bn1", "layer1", "layer2"}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {name.split(".")[0] for name, norm in norms.items() if not norm.training} == {"bn1", "layer1", "layer2"}

@@ -342,14 +342,15 @@ def test_dropout_before_the_classifier_keeps_keys_and_start_and_is_off_in_evalua
     assert kept.std().item() == pytest.approx(0.5 / plain.fc.in_features**0.5, rel=0.1)
 
 
-def test_a_linear_classifier_does_not_begin_a_cosine_one(tmp_path):
-    model = create_model("resnet18", num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "linear.pth")
-    cosine = create_model("resnet18", num_classes=3, cosine=True)
-    report = load_pretrained(cosine, "resnet18", tmp_path / "linear.pth")
-    assert report.fresh == ("classifier (linear in the weights, cosine here)",)
-    assert torch.equal(cosine.conv1.weight, model.conv1.weight)
-    assert not torch.equal(cosine.fc.weight, model.fc.weight)
+@pytest.mark.parametrize(("before", "after"), (("linear", "cosine"), ("cosine", "linear")))
+def test_a_linear_classifier_does_not_begin_a_cosine_one_nor_the_reverse(before, after, tmp_path):
+    model = create_model("resnet18", num_classes=3, cosine=before == "cosine")
+    torch.save(model.state_dict(), tmp_path / "before.pth")
+    other = create_model("resnet18", num_classes=3, cosine=after == "cosine")
+    report = load_pretrained(other, "resnet18", tmp_path / "before.pth")
+    assert report.fresh == (f"classifier ({before} in the weights, {after} here)",)
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    assert not torch.equal(other.fc.weight, model.fc.weight)
 
 
 def test_unknown_names_and_numbers_of_classes_are_refused():
@@ -438,6 +439,20 @@ def test_what_timm_cannot_give_is_said(monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("No pretrained weights exist for resnet10t")
 
+    def refuse(*args, **options):
+        raise TypeError("unexpected keyword argument 'drop_rate'")
+
+    model = create_model(TIMM, num_classes=3)
+    model.pretrained_cfg = {"classifier": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *args, **options: model)
+        with pytest.raises(UserError, match=r"--model timm:resnet10t: it ends in no classifier"):
+            create_model(TIMM, num_classes=3)
+        patch.setattr(timm, "create_model", refuse)
+        with pytest.raises(UserError, match=r"--model timm:resnet10t: timm cannot build it \(unexpected"):
+            create_model(TIMM, num_classes=3)
+        with pytest.raises(UserError, match=r"--drop 0\.5 does not go with --model timm:resnet10t \(unexpected"):
+            create_model(TIMM, num_classes=3, drop=0.5)
     model = create_model(TIMM, num_classes=3)
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(UserError, match=r"--pretrained: .*\(No pretrained weights exist.*--pretrained-path"):

@@ -108,7 +108,7 @@ def test_probabilities_are_those_that_evaluation_scores(tmp_path):
     samples = open_samples(NAMES, data_dir=folder)
     precision = Precision(CPU, config.amp, config.amp_dtype)
     loader = make_eval_loader(samples, config, CPU, precision)
-    model = predict.restore_model(load_checkpoint(checkpoint), config, CPU)
+    model, _ = predict.restore(load_checkpoint(checkpoint), config, CPU)
     with torch.inference_mode(), precision.autocast():
         logits = torch.cat([model(images).float() for images, _ in loader.epoch(0)])
     assert [row["filename"] for row in rows] == list(samples.files)

@@ -178,7 +178,7 @@ def test_mistakes_are_named(skewed, tmp_path, capsys):
     new = tmp_path / "new.png"
     assert f"--output {old}: exists; name another file, or add --force" in refused(capsys, skewed, "--output", old)
     assert "is a folder" in refused(capsys, skewed, "--output", tmp_path)
-    assert "ends in one of .png" in refused(capsys, skewed, "--output", tmp_path / "new.gif")
+    assert "ends in one of .png" in refused(capsys, skewed, "--output", tmp_path / "folder" / "new.gif")
     assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", "--output", new)
     assert "are two sources" in refused(capsys, skewed, "--data-dir", skewed, "--output", new)
     assert "by --data-dir" in refused(capsys, skewed, "--csv", "a.csv", "--output", new)
@@ -188,6 +188,7 @@ def test_mistakes_are_named(skewed, tmp_path, capsys):
     assert "lr: 'much'" in refused(capsys, skewed, "--recipe", _recipe(tmp_path, "lr: much"), "--output", new)
     assert old.read_text() == "kept"
     assert not new.exists()
+    assert not (tmp_path / "folder").exists()
     for image in skewed.rglob("*.png"):
         image.write_bytes(b"no image")
     assert "no image that an epoch draws can be read" in refused(capsys, skewed, "--output", new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import time
@@ -17,9 +18,13 @@ from engine.cli import run
 from engine.config import Config
 from engine.data_profile import _worker_seconds
 from engine.device import Precision
+from engine.ema import ModelEma
+from engine.head_specs import plain_specs, read_head_specs
+from engine.heads import restore_heads
+from engine.mixing import Mixing
 from engine.model_profile import count_arithmetic, saved_storages, time_training
 from engine.models import create_model
-from tests.data_helpers import CPU, make_folder
+from tests.data_helpers import CPU, make_folder, make_samples
 
 SMALL = ("--img-size", "32", "-b", "2", "-j", "2", "--device", "cpu", "--no-amp", "--seconds", "0.01")
 
@@ -38,7 +43,7 @@ def refused(capsys, *argv: str | Path) -> str:
 
 
 def test_arithmetic_of_resnet50_is_what_a_hand_counts():
-    counted = count_arithmetic("resnet50", 2, 224)
+    counted = count_arithmetic(Config(model="resnet50"), 2)
     stem = 2 * 112 * 112 * 64 * 3 * 7 * 7
     assert counted.by_layer["conv1"] == stem
     assert counted.by_layer["fc"] == 2 * 2048 * 2
@@ -49,6 +54,45 @@ def test_arithmetic_of_resnet50_is_what_a_hand_counts():
     assert counted.forward == sum(counted.by_layer.values()) == 2 * 4_087_140_352
     # gradients of input and weight cost a forward pass each, and images need none
     assert counted.training == 3 * counted.forward - stem
+
+
+def test_arithmetic_is_that_of_the_heads_and_of_what_is_not_frozen():
+    specs = {"diagnosis": {"hidden": 16}, "kind": {}}
+    heads = restore_heads(Config(heads=specs), {"diagnosis": ("a", "b"), "kind": ("c", "d", "e")})
+    config = Config(model="resnet18", img_size=32, heads=specs, freeze_until="layer4")
+    counted = count_arithmetic(config, 4, heads)
+    assert counted.by_layer["heads.diagnosis"] == 2 * (512 * 16 + 16 * 2)
+    assert counted.by_layer["heads.kind"] == 2 * 512 * 3
+    assert counted.forward == sum(counted.by_layer.values())
+    # of weights, and of a hidden layer's output; what lies below is frozen
+    backward = 2 * (512 * 16 + 512 * 3) + 2 * 2 * 16 * 2
+    assert counted.training == counted.forward + backward
+
+
+def test_a_step_is_timed_with_all_that_a_run_does_in_one(monkeypatch):
+    averaged, mixed = [], []
+    monkeypatch.setattr(ModelEma, "update", lambda self, model: averaged.append(model))
+    mix = Mixing.__call__
+    monkeypatch.setattr(Mixing, "__call__", lambda self, *batch: mixed.append(batch) or mix(self, *batch))
+    options = {"model_ema": True, "mixup": 0.2, "l2_loss": 0.5, "opt": "sgd", "weight_decay": 0.0}
+    config = Config(img_size=4, batch_size=3, warmup_epochs=0, **options)
+    model = Net()
+    model.unread = nn.Parameter(torch.ones(2))
+    time_training(model, nn.CrossEntropyLoss(), 2, config, CPU, Precision(CPU, False, "bfloat16"), seconds=0.01)
+    assert len(averaged) >= 5
+    assert len(mixed) == len(averaged) + 1  # once for the bytes that are kept
+    assert (model.unread < 1).all()  # by the gradient of its square alone
+
+
+def test_a_model_with_heads_is_profiled(tmp_path, capsys):
+    specs = {"first": {"classes": {"a": ["a"], "other": ["b", "c"]}}, "second": {"when": {"first": "other"}}}
+    config = Config(heads=plain_specs(read_head_specs(specs)), model="resnet18", img_size=32, batch_size=2)
+    samples = make_samples(tmp_path, [3, 3, 3])
+    samples = dataclasses.replace(samples, class_names=("a", "b", "c"))
+    figures = profile._profile_model(config, samples, CPU, Precision(CPU, False, "bfloat16"), seconds=0.01)
+    assert figures["layers"]["heads.second"]["parameters"] == 513 * 3
+    assert figures["layers"]["heads.second"]["forward_milliseconds"] > 0
+    assert "resnet18, heads first, second, on cpu" in capsys.readouterr().out
 
 
 def test_parameters_of_resnet50_with_two_classes():
@@ -82,7 +126,8 @@ class Net(nn.Module):
 def test_time_goes_to_the_layer_and_the_phase_that_take_it():
     model, config = Net(), Config(img_size=4, batch_size=3)
     before = model.quick.weight.detach().clone()
-    times = time_training(model, 2, config, CPU, Precision(CPU, False, "bfloat16"), seconds=0.01)
+    precision = Precision(CPU, False, "bfloat16")
+    times = time_training(model, nn.CrossEntropyLoss(), 2, config, CPU, precision, seconds=0.01)
     assert times.forward_by_layer["slow"] >= 40
     assert times.forward_by_layer["idle"] == 0
     assert times.step.p20 >= times.phases["forward"].p20 >= 40
@@ -96,7 +141,7 @@ def test_model_and_pipeline_of_a_fused_run(tmp_path, capsys):
     figures = profiled(tmp_path, "--data-dir", folder, "--model", "seresnet18", "--fused-se")
     printed = capsys.readouterr().out
     model = figures["model"]
-    expected = count_arithmetic("seresnet18", 2, 32)
+    expected = count_arithmetic(Config(model="seresnet18", img_size=32), 2)
     assert (model["forward_flops"], model["training_flops"]) == (expected.forward, expected.training)
     assert model["forward_macs"] == expected.forward // 2
     assert sum(layer["parameters"] for layer in model["layers"].values()) == model["parameters"]

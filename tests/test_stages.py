@@ -19,7 +19,8 @@ from engine.fusion import fuse
 from engine.models import SEBottleneck, create_model
 from engine.optim import make_optimizer, make_schedule
 from engine.stages import frozen_at_random, make_freezing, stages
-from engine.train import Training, train_epoch
+from engine.step import Training
+from engine.train import train_epoch
 from tests.test_train_step import FLOAT32, Batches, random_batches
 
 STEM = ["conv1", "bn1"]

@@ -15,7 +15,8 @@ from engine.device import Precision
 from engine.fusion import fuse
 from engine.models import create_model
 from engine.optim import make_optimizer, make_schedule
-from engine.train import Training, train_epoch
+from engine.step import Training
+from engine.train import train_epoch
 
 CLASSES, BATCH, EPOCHS, STEPS_PER_EPOCH = 3, 16, 3, 10
 # The first epoch warms up. A larger rate magnifies any rounding, an eager network's too, beyond what is compared here

@@ -20,7 +20,8 @@ from engine.errors import UserError
 from engine.losses import make_criterion
 from engine.metrics import classification_metrics
 from engine.optim import make_optimizer, make_schedule
-from engine.train import Training, _epoch_line, _is_better, _scalars, train_epoch
+from engine.step import Training
+from engine.train import _epoch_line, _is_better, _scalars, train_epoch
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision(CPU, amp=False, amp_dtype="bfloat16")
