@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.pictures import alt_text, image_to_jpeg, to_jpeg, to_png, to_svg
 
-NAME = '<b>&"肺" $x_{$'
+NAME = '<b>&"肺" $x_{$ url(#x) --> id="y"'
 XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
@@ -59,9 +59,13 @@ def test_an_svg_holds_nothing_that_reaches_beyond_it():
 def test_ids_are_those_that_are_referred_to_and_no_other_pictures():
     svgs = [to_svg(picture()), to_svg(picture(height=2.0)), to_svg(picture("other"))]
     for svg in svgs:
-        referred = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg))
-        assert ids(svg) == {first or second for first, second in referred}
-        assert len(ids(svg)) >= 3
+        elements = [
+            element.attrib for element in ElementTree.fromstring(svg).iter() if "aria-label" not in element.attrib
+        ]
+        used = {element[XLINK][1:] for element in elements if element.get(XLINK, "").startswith("#")}
+        painted = re.findall(r"url\(#([^)]+)\)", " ".join(value for element in elements for value in element.values()))
+        assert ids(svg) == used | set(painted)
+        assert used and painted
     assert len(set.union(*map(ids, svgs))) == sum(len(ids(svg)) for svg in svgs)
 
 
