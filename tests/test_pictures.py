@@ -26,7 +26,6 @@ from engine.pictures import (
     draw_roc,
     to_svg,
 )
-from engine.pictures.ranking import GRID
 from engine.pictures.reliability import calibration_bins
 from engine.pictures.style import shortened
 from engine.predictions import Predictions
@@ -131,7 +130,6 @@ def test_the_mean_curve_is_the_mean_of_the_classes_at_each_rate():
     assert np.interp(1e-12, points[1:, 0], points[1:, 1]) == pytest.approx(np.mean(own, axis=0)[0])
     assert points[-1].tolist() == [1, 1]
     assert text.endswith("only")
-    assert len(GRID) > 100
 
 
 def test_several_runs_are_compared_in_the_positive_class():

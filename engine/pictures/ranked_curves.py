@@ -78,7 +78,7 @@ def new_square(curves: Sequence[Curve], title: str, about: str, legend: Sequence
     figure = new_figure(
         _LEFT + _SIDE + 0.2 + max(legend_width(legend), 1.2),
         _TOP + _SIDE + 0.5,
-        f"{title}: {about}. {'; '.join(legend).replace(chr(10), ' ') or 'No curve'}.",
+        f"{title}: {about}. {' '.join('; '.join(legend).split()) or 'No curve'}.",
     )
     set_title(figure, title, about)
     axes = add_axes(figure, _LEFT, _TOP, _SIDE, _SIDE)
