@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.build import data_folder, open_data
+from engine.build import open_data, scored_folder
 from engine.config import Config
 from engine.data import Samples
+from engine.data.array_sources import holds_arrays
 from engine.data.decode import decode_image
-from engine.data.splits import holds_arrays
 from engine.errors import UserError
 
 
@@ -25,7 +25,7 @@ class Originals:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = data_folder(config.data_dir, config.test_csv or config.csv)
+        self.folder = scored_folder(config)
 
     def pixels(self, name: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB. Raises BadImage where it is not there any more, or cannot be read."""
