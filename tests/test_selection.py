@@ -89,6 +89,12 @@ def test_unknown_classes_are_named_with_the_known_ones(tmp_path):
         open_splits(data_dir=tmp_path / "x", selection=Selection(classes=("tb",)))
 
 
+def test_a_recipe_for_other_images_asks_for_them():
+    with pytest.raises(UserError, match="no classes health, tb in the embedded digits: name --data-dir or --csv"):
+        open_data(Config(classes=("health", "tb")))
+    assert open_data(Config(classes=("8", "3"))).test.class_counts().tolist() == [40, 40]
+
+
 # Patterns of file names
 
 
