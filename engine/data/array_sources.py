@@ -24,12 +24,12 @@ def read_arrays(root: Path) -> tuple[Samples, Samples | None, Samples | None] | 
 
     Raises UserError where it cannot be read or is damaged.
     """
+    if not holds_arrays(root):
+        return None
     try:
         if (cifar := find_cifar(root)) is not None:
             train, test = read_cifar(cifar)
             return train, None, test
-        if root.is_file() and zipfile.is_zipfile(root):
-            return read_npz(root)
+        return read_npz(root)
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror}") from error
-    return None
