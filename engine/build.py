@@ -25,6 +25,10 @@ def open_data(config: Config) -> Splits:
     Prints what may not have been meant. Raises UserError where --num-classes is not theirs, or there are no images of
     the set that the best epoch is to be chosen on.
     """
+    if not (config.data_dir or config.csv) and not all(name.isdecimal() for name in config.classes):
+        raise UserError(
+            f"there are no classes {', '.join(config.classes)} in the embedded digits: name --data-dir or --csv"
+        )
     splits = open_splits(
         data_dir=config.data_dir,
         csv=config.csv,

@@ -241,7 +241,7 @@ class Config:
     amp_dtype: str = _flag("bfloat16", "half type of mixed precision", choices=("bfloat16", "float16"))
 
     eval_metric: str = _flag(
-        "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
+        "macro_f1", f"chooses the best epoch on the images of --select-on: {', '.join(METRIC_NAMES)}", type=str
     )
     select_on: str = _flag(
         "validation",

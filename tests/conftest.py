@@ -29,6 +29,7 @@ HEAVY = (
     "test_any_model",
     "test_fuse_tails",
     "test_models",
+    "test_recipe_tbx11",
     "test_instruction_sets",
 )
 

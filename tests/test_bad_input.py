@@ -165,7 +165,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--focal-gamma", "-1"), "--focal-gamma -1.0 does not work"),
         (("--drop", "1"), "--drop 1.0 does not work"),
         (("--model-ema-decay", "1.5"), "--model-ema-decay 1.5 does not work"),
-        (("--class-weights", "even"), "class_weights: ['even'] must be one of none, balanced, effective, or numbers"),
+        (("--class-weights", "even"), "class_weights: ['even'] must be one of none, balanced, sqrt, effective"),
         (("--class-weights", "1", "0"), "--class-weights 1.0 0.0 does not work: it must be one of none"),
         (("--drw-epoch", "1"), "--drw-epoch 1 does nothing without --class-weights"),
         (

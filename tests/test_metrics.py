@@ -402,6 +402,14 @@ def test_report_shows_an_undefined_area_as_a_dash():
     assert row.split()[-3:] == ["0", "-", "-"]
 
 
+@pytest.mark.parametrize("selected_on", ["validation", "test", None])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_report_calls_figures_optimistic_of_the_images_that_the_epoch_was_chosen_on(split, selected_on):
+    first, *_ = format_report(score(*sample(3, 10)) | {"split": split, "selected_on": selected_on}).splitlines()
+    told = f"optimistic: the epoch was chosen on these very {split} images"
+    assert first == told if split == selected_on else first.startswith("accuracy")
+
+
 @pytest.mark.parametrize("classes", [2, 3, 12, 26])
 @pytest.mark.parametrize("name", ["{}", "a rather long class name that tells {}", "结核病 {}"])
 def test_report_fits_the_terminal_and_its_columns_are_aligned(classes, name):

@@ -89,6 +89,12 @@ def test_unknown_classes_are_named_with_the_known_ones(tmp_path):
         open_splits(data_dir=tmp_path / "x", selection=Selection(classes=("tb",)))
 
 
+def test_a_recipe_for_other_images_asks_for_them():
+    with pytest.raises(UserError, match="no classes health, tb in the embedded digits: name --data-dir or --csv"):
+        open_data(Config(classes=("health", "tb")))
+    assert open_data(Config(classes=("8", "3"))).test.class_counts().tolist() == [40, 40]
+
+
 # Patterns of file names
 
 
@@ -184,21 +190,24 @@ def test_a_patient_in_two_given_sets_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ((), ("--method", "first"), ("--group-regex", "/(..)")), ids=("chance", "first", "groups")
+    ("flags", "options"),
+    (
+        ("--val-fraction 0", {}),
+        ("--method first", {"test_method": "first"}),
+        ("--val-fraction 0 --group-regex /(..)", {"selection": Selection(group_regex="/(..)")}),
+        ("--val-fraction 0 --dedupe together", {"duplicates": "identical"}),
+    ),
+    ids=("chance", "first", "groups", "duplicates"),
 )
-def test_the_test_set_is_the_one_that_split_makes(tmp_path, flags):
+@pytest.mark.parametrize("copies", (0, 3))
+def test_the_test_set_is_the_one_that_split_makes(tmp_path, flags, options, copies):
     make_folder(tmp_path / "x", {"a": 33, "b": 21})
-    fractions = ["--test-fraction", "0.3"] + ([] if "first" in flags else ["--val-fraction", "0"])
-    argv = [str(tmp_path / "x"), "--seed", "5", *fractions, *flags, "--output", str(tmp_path / "out")]
-    assert run(split.main, argv) == 0
+    for i in range(copies):
+        shutil.copy(tmp_path / "x" / "a" / f"{i:03d}.png", tmp_path / "x" / "b" / f"{i + 9:03d}.png")
+    argv = ["--seed", "5", "--test-fraction", "0.3", *flags.split(), "--allow-leakage", "--near-distance", "-1"]
+    assert run(split.main, [str(tmp_path / "x"), *argv, "--output", str(tmp_path / "out")]) == 0
     written = [line.split(",")[0] for line in (tmp_path / "out" / "test.csv").read_text().splitlines()[1:]]
-    splits = open_splits(
-        data_dir=tmp_path / "x",
-        test_fraction=0.3,
-        test_method="first" if "first" in flags else "stratified",
-        seed=5,
-        selection=Selection(group_regex=flags[1] if "--group-regex" in flags else None),
-    )
+    splits = open_splits(data_dir=tmp_path / "x", test_fraction=0.3, seed=5, **options)
     found = sets(splits, tmp_path / "x")
     assert found["test"] == {Path(file).relative_to(tmp_path / "x").as_posix() for file in written}
     assert not found["train"] & found["val"]

@@ -81,6 +81,8 @@ def tie_duplicates(samples: Samples, names: Sequence[str], *, near: bool, worker
     sets: list[Sequence[int]] = list(find_identical(pictures, workers=workers))
     if near:
         sets += find_near_sets(hash_pictures(pictures, workers=workers), NEAR_DISTANCE)
+    if not sets:
+        return samples, "no duplicates"
     groups = merge_groups(samples.groups if samples.groups is not None else names, sets)
     return replace(samples, groups=tuple(groups)), _describe_ties(merge_groups(names, sets), samples.labels)
 
@@ -110,8 +112,6 @@ def _describe_ties(tied: Sequence[str], labels: np.ndarray) -> str:
     for name, label in zip(tied, labels.tolist(), strict=True):
         labels_of[name].append(label)
     sets = [own for own in labels_of.values() if len(own) > 1]
-    if not sets:
-        return "no duplicates"
     contradictory = sum(len(set(own)) > 1 for own in sets)
     told = f"{sum(map(len, sets))} images in {len(sets)} set{'s' * (len(sets) > 1)} of duplicates kept on one side"
     return f"{told}, {contradictory} of them under several labels" if contradictory else told

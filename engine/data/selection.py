@@ -55,6 +55,8 @@ class Selection:
 
     def kept(self, files: Sequence[str]) -> list[str]:
         """The files that no pattern leaves out."""
+        if not self.exclude:
+            return list(files)
         kept = []
         for file in files:
             name = file.rpartition(os.sep)[2]
