@@ -22,6 +22,7 @@ from engine.metrics import (
     higher_is_better,
     metric_is_better,
 )
+from tests.against_sklearn import require_equal, sklearns_figures
 
 DIGITS = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -123,79 +124,18 @@ def case(request):
     return CASES[request.param]()
 
 
-def reference(logits: torch.Tensor, labels: torch.Tensor) -> dict:
-    """Every figure of metrics.json by scikit-learn; where it has none, or refuses, by the formula."""
-    probabilities, truth, prediction = logits.double().softmax(1).numpy(), labels.numpy(), logits.numpy().argmax(1)
-    samples, classes = probabilities.shape
-    macro, weighted = ({"average": average, "zero_division": 0} for average in ("macro", "weighted"))
-    columns = sklearn.metrics.precision_recall_fscore_support(truth, prediction, labels=range(classes), zero_division=0)
-    per_class = {}
-    for label in range(classes):
-        is_it, scores = truth == label, probabilities[:, label]
-        both = 0 < is_it.sum() < samples
-        per_class[DIGITS[label]] = {
-            **dict(zip(("precision", "recall", "f1", "support"), (column[label] for column in columns), strict=True)),
-            "auroc": sklearn.metrics.roc_auc_score(is_it, scores) if both else None,
-            "average_precision": sklearn.metrics.average_precision_score(is_it, scores) if is_it.any() else None,
-            # the recall of what is not of the class
-            "specificity": sklearn.metrics.recall_score(~is_it, prediction != label, zero_division=0),
-        }
-
-    def mean_of(name: str) -> float | None:
-        defined = [row[name] for row in per_class.values() if row[name] is not None]
-        return np.mean(defined) if defined else None
-
-    figures = {
-        "accuracy": sklearn.metrics.accuracy_score(truth, prediction),
-        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, prediction),
-        "macro_f1": sklearn.metrics.f1_score(truth, prediction, **macro),
-        "macro_precision": sklearn.metrics.precision_score(truth, prediction, **macro),
-        "macro_recall": sklearn.metrics.recall_score(truth, prediction, **macro),
-        "auroc_macro_ovr": mean_of("auroc"),
-        "ece": expected_calibration_error(probabilities.max(1), prediction == truth),
-        "loss": -scipy.special.log_softmax(logits.double().numpy(), axis=1)[range(samples), truth].mean(),
-        "brier": 0.0,
-        "weighted_f1": sklearn.metrics.f1_score(truth, prediction, **weighted),
-        "average_precision_macro": mean_of("average_precision"),
-        "cohen_kappa": sklearn.metrics.cohen_kappa_score(truth, prediction),
-        "mcc": sklearn.metrics.matthews_corrcoef(truth, prediction),
-        "confusion_matrix": sklearn.metrics.confusion_matrix(truth, prediction, labels=range(classes)).tolist(),
-        "per_class": per_class,
-    }
-    if np.isnan(figures["cohen_kappa"]):
-        figures["cohen_kappa"] = None
-    if classes > 1:  # scikit-learn refuses one
-        if probabilities[range(samples), truth].min() > 1e-15:  # and counts what is below as that
-            figures["loss"] = sklearn.metrics.log_loss(truth, probabilities, labels=range(classes))
-        figures["brier"] = sklearn.metrics.brier_score_loss(truth, probabilities, labels=list(range(classes)))
-    if classes == 2:
-        figures["brier"] = sklearn.metrics.brier_score_loss(truth, probabilities[:, 1], pos_label=1)
-        figures |= {"positive_class": "b"} | {name: per_class["b"][name] for name in BINARY_METRIC_NAMES}
-    return figures
-
-
-def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    error = 0.0
-    for k in range(15):
-        own = (k / 15 <= confidence) & ((confidence < (k + 1) / 15) | (k == 14))
-        if own.any():
-            error += own.mean() * abs(right[own].mean() - confidence[own].mean())
-    return error
-
-
 def test_every_figure_is_scikit_learns(case):
-    ours = score(*case)
+    logits, labels = case
+    log_p = scipy.special.log_softmax(logits.double().numpy(), axis=1)
+    own = log_p[range(len(labels)), labels]
+    beyond_sklearn = logits.shape[1] == 1 or own.min() < np.log(1e-15)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = reference(*case)
+        names, loss = DIGITS[: logits.shape[1]], -own.mean() if beyond_sklearn else None
+        expected = sklearns_figures(labels.numpy(), logits.double().softmax(1).numpy(), names, loss)
+    ours = score(*case)
     assert ours.keys() == expected.keys()
-    assert ours.pop("per_class") == {
-        name: {key: value if value is None else pytest.approx(value, abs=1e-6) for key, value in row.items()}
-        for name, row in expected.pop("per_class").items()
-    }
-    for name, value in expected.items():
-        exact = value is None or isinstance(value, list | str)
-        assert ours[name] == (value if exact else pytest.approx(value, abs=1e-6)), name
+    require_equal(ours, expected)
 
 
 def test_macro_auroc_is_scikit_learns_multiclass_auroc():
