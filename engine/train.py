@@ -29,7 +29,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.command_line import parse_args
 from engine.config import Config
-from engine.data import Loader, Samples, Splits, drop_bad
+from engine.data import BadFile, Loader, Samples, Splits, drop_bad
 from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
 from engine.ema import ModelEma
@@ -40,6 +40,7 @@ from engine.metric_report import format_reports
 from engine.metrics import metric_is_better
 from engine.mixing import Mixing
 from engine.optim import make_optimizer, make_schedule
+from engine.provenance import describe_run
 from engine.run import Row, RunDirectory
 from engine.scoring import Scored, final_metrics, score, score_images
 from engine.stages import Freezing, frozen_at_random, make_freezing
@@ -92,7 +93,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
-    splits = _checked_data(config)
+    splits, left_out = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     heads = checked_heads(config, splits)
     if heads is None:
@@ -108,6 +109,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         training.load_state_dict(checkpoint)
         history, best = checkpoint["history"], checkpoint["best"]
     run_dir = RunDirectory.open(resume) if resume else RunDirectory.create(config)
+    run_dir.write_about(describe_run(config, splits, left_out, device, precision))
     val_loader = make_eval_loader(splits.val, config, device, precision)
     print(f"{config.model} on {device}, {precision}; run directory {run_dir.path}")
 
@@ -211,7 +213,7 @@ def _mixing(config: Config, num_classes: int) -> Mixing:
     )
 
 
-def _checked_data(config: Config) -> Splits:
+def _checked_data(config: Config) -> tuple[Splits, list[BadFile]]:
     splits = open_data(config)
     splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     print(splits.description)
@@ -220,7 +222,7 @@ def _checked_data(config: Config) -> Splits:
     for warning in (twice_corrected(config), frozen_at_random(config)):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
-    return splits
+    return splits, bad
 
 
 def _build(
