@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from engine.checkpoint import save_checkpoint, write_atomically
 from engine.config import Config
 from engine.errors import UserError
-from engine.pictures import save_confusion_matrix, save_curves
+from engine.pictures import (
+    draw_class_balance,
+    draw_confusion_matrix,
+    draw_curves,
+    draw_precision_recall,
+    draw_reliability,
+    draw_roc,
+    to_png,
+)
 from engine.predictions import Predictions, write_predictions
 
 Row = dict[str, Any]
@@ -28,6 +37,7 @@ class RunDirectory:
         self.path = path
         self.last = path / "last.pt"
         self.best = path / "best.pt"
+        self._predictions: dict[str | None, Predictions] = {}
         self._events: Any = None
 
     @classmethod
@@ -91,17 +101,35 @@ class RunDirectory:
         self._write_text("about.json", json.dumps(about, indent=2) + "\n")
 
     def write_predictions(self, predictions: Predictions, head: str | None = None) -> None:
+        self._predictions[head] = predictions
         write_predictions(self.path / ("predictions.csv" if head is None else f"predictions_{head}.csv"), predictions)
 
     def write_pictures(self, history: list[Row], metrics: dict[str, Any]) -> None:
-        save_curves(history, self.path / "curves.png")
-        save_confusion_matrix(metrics, self.path / "confusion_matrix.png")
-        for head, of_head in metrics.get("heads", {}).items():
-            save_confusion_matrix(of_head, self.path / f"confusion_matrix_{head}.png")
+        """Writes PNG files of the history, the metrics, and the predictions and draws that were written before.
+
+        Those of a head have its name at their end, as ``roc_HEAD.png``.
+        """
+        self._write_picture("curves.png", draw_curves(history, chosen=metrics["epoch"]))
+        if (self.path / "sampling.csv").exists():
+            with (self.path / "sampling.csv").open(encoding="utf-8", newline="") as lines:
+                self._write_picture("class_balance.png", draw_class_balance(list(csv.DictReader(lines))))
+        for head, own in {None: metrics, **metrics.get("heads", {})}.items():
+            ending = ".png" if head is None else f"_{head}.png"
+            self._write_picture(f"confusion_matrix{ending}", draw_confusion_matrix(own))
+            if head in self._predictions:
+                predictions = self._predictions[head]
+                roc = draw_roc(predictions, operating_points=own.get("operating_points", ()))
+                self._write_picture(f"roc{ending}", roc)
+                self._write_picture(f"precision_recall{ending}", draw_precision_recall(predictions))
+                temperature = own["temperature"] if "calibrated" in own else None
+                self._write_picture(f"reliability{ending}", draw_reliability(predictions, temperature=temperature))
 
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+
+    def _write_picture(self, name: str, figure: Figure) -> None:
+        write_atomically(self.path / name, lambda unfinished: unfinished.write_bytes(to_png(figure)))
 
     def _write_events(self, row: Row) -> None:
         if self._events is None:
