@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.mcnemar import McNemar, compare_predictions
 from engine.predictions import Predictions
 from engine.report.runs import ReportedRun
-from engine.report.tables import FIGURES, Cell, Table, name, number, span, words
+from engine.report.tables import DASH, FIGURES, Cell, Table, name, number, words
 
 _COMPARED = {
     "macro_f1": "Macro-F1",
@@ -102,7 +102,7 @@ def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
     for run in runs[1:]:
         found = pair(runs[0].predictions.get(None), run.predictions.get(None))
         if found.test is None:
-            rows.append([name(run.name, found.remark), number(found.images), *[words("–")] * 5])
+            rows.append([name(run.name, found.remark), number(found.images), *[Cell(DASH)] * 4, words(DASH)])
             continue
         test = found.test
         rows.append(
@@ -127,46 +127,57 @@ def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else f"{p:.1e}" if p > 0 else "below 1e-300"
 
 
-def interval_rows(runs: Sequence[ReportedRun]) -> list[dict[str, object]]:
-    """For the drawing of intervals: of each figure its axis, and of each run where its marks are, in percent of that."""
-    drawn = []
+@dataclass(frozen=True)
+class Mark:
+    """A run's figure on an axis: its text, and where it and its interval are, in percent of the axis."""
+
+    name: str
+    text: str
+    at: float | None
+    start: float | None
+    end: float | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A figure of all runs, drawn from ``low`` to ``high``."""
+
+    label: str
+    low: str
+    high: str
+    marks: Sequence[Mark]
+
+
+def interval_axes(runs: Sequence[ReportedRun]) -> list[Axis]:
+    """The drawing of the main figures' intervals."""
+    axes = []
     for key in ("macro_f1", "balanced_accuracy", "accuracy", "auroc_macro_ovr"):
-        marks = [
-            (run.name, (run.metrics or {}).get(key), (run.metrics or {}).get("intervals", {}).get(key)) for run in runs
-        ]
-        ends = [end for _, value, interval in marks for end in (interval or ([value] if value is not None else []))]
-        if not ends:
-            continue
-        low, high = _axis(min(ends), max(ends))
-        drawn.append(
-            {
-                "label": FIGURES[key][0],
-                "low": f"{low:g}",
-                "high": f"{high:g}",
-                "marks": [
-                    {
-                        "name": own,
-                        "text": "–" if value is None else f"{value:.3f}",
-                        "span": span(interval),
-                        "at": None if value is None else _percent(value, low, high),
-                        "from": _percent(interval[0], low, high) if interval else None,
-                        "to": _percent(interval[1], low, high) if interval else None,
-                    }
-                    for own, value, interval in marks
-                ],
-            }
-        )
-    return drawn
+        found = [_figure(run, key) for run in runs]
+        ends = [end for value, interval in found if value is not None for end in (interval or [value])]
+        if ends:
+            low, high = _axis(min(ends), max(ends))
+            marks = [_mark(run.name, *own, low, high) for run, own in zip(runs, found, strict=True)]
+            axes.append(Axis(FIGURES[key][0], f"{low:g}", f"{high:g}", marks))
+    return axes
+
+
+def _figure(run: ReportedRun, key: str) -> tuple[float | None, Sequence[float] | None]:
+    metrics = run.metrics or {}
+    return metrics.get(key), metrics.get("intervals", {}).get(key)
+
+
+def _mark(own: str, value: float | None, interval: Sequence[float] | None, low: float, high: float) -> Mark:
+    def place(figure: float) -> float:
+        return round(100 * (figure - low) / (high - low), 2) if high > low else 50.0
+
+    start, end = map(place, interval) if interval else (None, None)
+    return Mark(own, number(value, digits=3).text, None if value is None else place(value), start, end)
 
 
 def _axis(low: float, high: float) -> tuple[float, float]:
     """Multiples of a tenth around both, within 0 and 1, or of a hundredth where they are close."""
     step = 0.1 if high - low > 0.05 else 0.01
     return max(0.0, math.floor(low / step) * step), min(1.0, math.ceil(high / step) * step)
-
-
-def _percent(value: float, low: float, high: float) -> float:
-    return round(100 * (value - low) / (high - low), 2) if high > low else 50.0
 
 
 def _reading(test: McNemar, first: str, second: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from engine.pictures import (
     alt_text,
     draw_class_balance,
+    draw_class_figures,
     draw_confusion_matrix,
     draw_curves,
     draw_precision_recall,
@@ -48,6 +49,11 @@ def draw_confusion(metrics: Mapping[str, Any]) -> Picture:
     return as_picture(draw_confusion_matrix(metrics))
 
 
+def draw_figures_by_class(metrics: Mapping[str, Any]) -> Picture:
+    """Of what metrics.json holds, or of several runs' by name."""
+    return as_picture(draw_class_figures(metrics))
+
+
 def draw_roc_curves(predictions: Predictions, metrics: Mapping[str, Any]) -> Picture:
     points = metrics.get("operating_points", ())
     positive = metrics.get("positive_class")
@@ -74,6 +80,12 @@ def draw_all_curves(runs: Sequence[ReportedRun]) -> Picture | None:
     drawn = {run.name: run.history for run in runs if run.history}
     chosen = {run.name: run.metrics["epoch"] for run in runs if run.metrics and run.history}
     return as_picture(draw_curves(drawn, chosen=chosen)) if len(drawn) > 1 else None
+
+
+def draw_rankings(runs: Sequence[ReportedRun]) -> tuple[Picture, Picture] | None:
+    """ROC and precision-recall curves of the runs that have predictions; None of fewer than two."""
+    drawn = {run.name: run.predictions[None] for run in runs if None in run.predictions}
+    return (as_picture(draw_roc(drawn)), as_picture(draw_precision_recall(drawn))) if len(drawn) > 1 else None
 
 
 def draw_balance(run: ReportedRun) -> Picture | None:

@@ -13,13 +13,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from engine.data.listing import printable
 from engine.predictions import Predictions
 from engine.report import comparison, tables
+from engine.report.cautions import comparison_cautions, run_cautions, scored_split, selecting_split
 from engine.report.drawings import (
     Picture,
     draw_all_curves,
     draw_balance,
     draw_confusion,
+    draw_figures_by_class,
     draw_own_curves,
     draw_precision_recall_curves,
+    draw_rankings,
     draw_reliability_diagram,
     draw_roc_curves,
 )
@@ -38,6 +41,7 @@ class Scores:
     headline: Sequence[tuple[str, Cell]]
     figures: Table
     classes: Table
+    by_class: Picture
     confusion: Picture
     confusion_values: Table
     whole_matrix: bool
@@ -98,9 +102,11 @@ class ComparisonView:
     remarks: Sequence[str]
     differences: Table | None
     figures: Table | None = None
-    intervals: Sequence[Mapping[str, Any]] = ()
+    intervals: Sequence[comparison.Axis] = ()
     mcnemar: Table | None = None
     recall: Table | None = None
+    by_class: Picture | None = None
+    rankings: Sequence[Picture] | None = None
     curves: Picture | None = None
 
 
@@ -130,16 +136,8 @@ def make_page(runs: Sequence[ReportedRun], mistakes: Sequence[tuple[Sequence[Mis
         page = Page(f"{views[0].name}: report", "Training report", views[0].name, views, contents=_contents(views[0]))
     else:
         compared = _compare(runs)
-        links = [("comparison", "Comparison"), ("mcnemar", "Test"), ("recall", "Recall by class"), ("curves", "Curves")]
-        there = [
-            ("comparison", True),
-            ("mcnemar", compared.mcnemar),
-            ("recall", compared.recall),
-            ("curves", compared.curves),
-        ]
-        shown = [(id, text, ()) for (id, text), (_, is_there) in zip(links, there, strict=True) if is_there]
         own = [(f"{view.prefix}run", view.name, [(id, text) for id, text, _ in _contents(view)]) for view in views]
-        contents = [*shown, ("differences", "Differences", ()), *own]
+        contents = [*_contents_of_comparison(compared), *own]
         heading = f"{len(runs)} runs compared"
         page = Page(f"{heading}: report", "Training report", heading, views, compared, contents)
     return _environment().get_template("report.html").render(page=page)
@@ -169,13 +167,13 @@ def _view(run: ReportedRun, prefix: str, mistakes: Sequence[Mistake], mistakes_r
         prefix=prefix,
         model=str(run.args.get("model", "unknown")),
         data=data_name(run.args),
-        split=_split(metrics),
-        selected_on=_selected_on(metrics),
+        split=scored_split(metrics),
+        selected_on=selecting_split(metrics),
         epoch=metrics["epoch"] if metrics else None,
         chosen_by=str(run.args.get("eval_metric", "macro_f1")).replace("_", " "),
         images=sum(map(sum, metrics["confusion_matrix"])) if metrics else 0,
         started=str(run.about.get("started", "")),
-        warnings=_warnings(run),
+        warnings=run_cautions(run),
         scores=_scores(metrics, metrics, run.predictions.get(None)) if metrics else None,
         heads=[Head(head, _scores(own, metrics or {}, run.predictions.get(head))) for head, own in heads.items()],
         mistakes=mistakes,
@@ -200,12 +198,13 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
         headline=tables.headline(metrics),
         figures=tables.figures_table(metrics),
         classes=tables.class_table(metrics),
+        by_class=draw_figures_by_class(metrics),
         confusion=draw_confusion(metrics),
         confusion_values=tables.confusion_table(metrics),
         whole_matrix=len(metrics["per_class"]) <= tables.MOST_COLUMNS,
-        split=_split(of_run),
-        selected_on=_selected_on(of_run),
-        in_sample=_split(of_run) == _selected_on(of_run),
+        split=scored_split(of_run),
+        selected_on=selecting_split(of_run),
+        in_sample=scored_split(of_run) == selecting_split(of_run),
         temperature=metrics.get("temperature"),
         positive=metrics.get("positive_class"),
         binary=tables.binary_table(metrics) if binary else None,
@@ -217,74 +216,32 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
     )
 
 
-def _split(metrics: Mapping[str, Any] | None) -> str:
-    return Path(str((metrics or {}).get("split", "validation"))).name
-
-
-def _selected_on(metrics: Mapping[str, Any] | None) -> str:
-    return str((metrics or {}).get("selected_on", "validation"))
-
-
-def _warnings(run: ReportedRun) -> list[tuple[str, str]]:
-    if run.metrics is None:
-        done, wanted = len(run.history), run.args.get("epochs", "?")
-        return [
-            (
-                "This run has not finished.",
-                f"metrics.json is missing: {done} of {wanted} epochs are done, and nothing was scored at the end. Below is "
-                f"what there is. python -m engine.train --resume {run.path.name} goes on.",
-            )
-        ]
-    if _selected_on(run.metrics) == "test":
-        return [
-            (
-                "The epoch was chosen on the test images.",
-                "Each epoch was scored on them and the best one kept, so that these figures are higher than those of images "
-                "that nothing was chosen on. They are not a held-out result, and must not be reported as one.",
-            )
-        ]
-    if _split(run.metrics) == "validation":
-        return [
-            (
-                "There is no test set.",
-                "The figures are those of the validation images, which the epoch was chosen on: they are higher than those of "
-                "images that nothing was chosen on.",
-            )
-        ]
-    return []
-
-
 def _compare(runs: Sequence[ReportedRun]) -> ComparisonView:
     compared, remarks = comparison.comparable(runs)
-    remarks += _cautions(compared)
+    remarks += comparison_cautions(compared)
     shared: dict[str, Any] = {}
     if len(compared) > 1:
         shared = {
             "figures": comparison.figures_table(compared),
-            "intervals": comparison.interval_rows(compared),
+            "intervals": comparison.interval_axes(compared),
             "mcnemar": comparison.mcnemar_table(compared),
             "recall": comparison.recall_table(compared),
+            "by_class": draw_figures_by_class({run.name: run.metrics for run in compared}),
+            "rankings": draw_rankings(compared),
         }
     return ComparisonView(runs[0].name, remarks, differences_table(runs), curves=draw_all_curves(runs), **shared)
 
 
-def _cautions(runs: Sequence[ReportedRun]) -> list[str]:
-    """What keeps the figures of these runs, which have the same classes, from meaning the same."""
-    if len(runs) < 2:
-        return []
-    found = []
-    if len({_split(run.metrics) for run in runs}) > 1:
-        found.append(
-            "The runs were not scored on the same images: "
-            + ", ".join(f"{run.name} on {_split(run.metrics)}" for run in runs)
-        )
-    elif len({frozenset(run.predictions[None].files) for run in runs if None in run.predictions}) > 1:
-        found.append("The runs were not scored on the same images; the test below counts those that both predicted.")
-    if len({_selected_on(run.metrics) for run in runs}) > 1:
-        found.append("Some of the runs chose their epoch on the test images, which flatters them.")
-    if len({str(run.args.get(key)) for run in runs for key in ("data_dir",)}) > 1:
-        found.append("The runs name different data folders; images are matched by their names within them.")
-    return found
+def _contents_of_comparison(compared: ComparisonView) -> list[tuple[str, str, Sequence[tuple[str, str]]]]:
+    sections = [
+        ("comparison", "Comparison", True),
+        ("mcnemar", "Test", compared.mcnemar),
+        ("recall", "By class", compared.recall),
+        ("thresholds", "Thresholds", compared.rankings),
+        ("curves", "Training", compared.curves),
+        ("differences", "Differences", True),
+    ]
+    return [(id, text, ()) for id, text, is_there in sections if is_there]
 
 
 def _contents(view: RunView) -> list[tuple[str, str, Sequence[tuple[str, str]]]]:

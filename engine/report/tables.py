@@ -9,6 +9,8 @@ from typing import Any
 from engine.metrics import ECE_BINS
 from engine.report.runs import ReportedRun
 
+DASH = "\N{EN DASH}"
+"""Stands where there is no figure."""
 MOST_COLUMNS = 20
 """Classes up to which a confusion matrix is written out; of more the largest confusions are."""
 _SHOWN_CONFUSIONS = 20
@@ -42,7 +44,7 @@ BINARY_FIGURES = {
 class Cell:
     """A cell: what is shown, the number that it is of, what stands below it, and how far it is from another's.
 
-    ``kind`` is "number", "name" (of a file or class, which may be anything) or "text".
+    ``kind`` is "number", "range", "name" (of a file or class, which may be anything) or "text".
     """
 
     text: str
@@ -66,13 +68,17 @@ class Table:
 def number(value: float | None, interval: Sequence[float] | None = None, digits: int = 4) -> Cell:
     """A figure, with its 95% interval below it."""
     if value is None:
-        return Cell("–", below="undefined")
+        return Cell(DASH, below="undefined")
     text = str(value) if isinstance(value, int) else f"{value:.{digits}f}"
     return Cell(text, value, span(interval))
 
 
 def span(interval: Sequence[float] | None, digits: int = 3) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else ""
+
+
+def range_cell(interval: Sequence[float] | None) -> Cell:
+    return Cell(span(interval) or DASH, kind="range")
 
 
 def name(text: str, below: str = "") -> Cell:
@@ -110,7 +116,7 @@ def binary_interval(metrics: Mapping[str, Any], key: str) -> Sequence[float] | N
 def figures_table(metrics: Mapping[str, Any]) -> Table:
     intervals = metrics.get("intervals", {})
     rows = [
-        [words(label, below), number(metrics[key]), words(span(intervals.get(key)) or "–")]
+        [words(label, below), number(metrics[key]), range_cell(intervals.get(key))]
         for key, (label, below) in FIGURES.items()
         if key in metrics
     ]
@@ -119,7 +125,7 @@ def figures_table(metrics: Mapping[str, Any]) -> Table:
 
 def binary_table(metrics: Mapping[str, Any]) -> Table:
     rows = [
-        [words(label, below), number(metrics[key]), words(span(binary_interval(metrics, key)) or "–")]
+        [words(label, below), number(metrics[key]), range_cell(binary_interval(metrics, key))]
         for key, (label, below) in BINARY_FIGURES.items()
         if key in metrics
     ]
@@ -185,7 +191,7 @@ def operating_table(metrics: Mapping[str, Any]) -> Table:
         [
             name(point["class"]),
             number(point["wanted_sensitivity"], digits=2),
-            words("–") if point["threshold"] is None else Cell(f"{point['threshold']:.4g}", point["threshold"]),
+            Cell(DASH) if point["threshold"] is None else Cell(f"{point['threshold']:.4g}", point["threshold"]),
             number(point["chosen_on"]),
             number(point["sensitivity"], point["sensitivity_interval"]),
             number(point["specificity"], point["specificity_interval"]),
@@ -226,7 +232,7 @@ def epochs_table(run: ReportedRun) -> Table:
 
 
 def _logged(text: str | None) -> Cell:
-    return Cell(f"{float(text):.4g}", float(text)) if text else Cell("–", below="undefined")
+    return Cell(f"{float(text):.4g}", float(text)) if text else Cell(DASH, below="undefined")
 
 
 def balance_table(run: ReportedRun) -> Table | None:
