@@ -109,9 +109,9 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         training.load_state_dict(checkpoint)
         history, best = checkpoint["history"], checkpoint["best"]
     run_dir = RunDirectory.open(resume) if resume else RunDirectory.create(config)
-    run_dir.write_about(describe_run(config, splits, left_out, device, precision))
     val_loader = make_eval_loader(splits.val, config, device, precision)
     print(f"{config.model} on {device}, {precision}; run directory {run_dir.path}")
+    run_dir.write_about(describe_run(config, splits, left_out, device, precision))
 
     for epoch in range(len(history), config.epochs):
         if _has_stopped_early(config, history, best):

@@ -18,8 +18,8 @@ def scored_split(metrics: Mapping[str, Any] | None) -> str:
 
 
 def selecting_split(metrics: Mapping[str, Any] | None) -> str:
-    """What the epoch, the temperature and the thresholds were chosen on."""
-    return str((metrics or {}).get("selected_on", "validation"))
+    """What the epoch was chosen on, "" where a person named it."""
+    return (metrics or {}).get("selected_on", "validation") or ""
 
 
 def run_cautions(run: ReportedRun) -> list[Caution]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +27,29 @@ from engine.report.runs import ReportedRun
 _PIXELS_AN_INCH = 92
 _NAMESPACES = (' xmlns="http://www.w3.org/2000/svg"', ' xmlns:xlink="http://www.w3.org/1999/xlink"')
 """What an SVG element says in a file of its own; in HTML it is known."""
+_ID = re.compile(r'(id="|href="#|url\(#)p[0-9a-f]{10}-')
+"""An id, or a reference to one, as `to_svg` begins them."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """An ``<svg>`` element, what it shows in words, and how many CSS pixels wide it is made to be."""
 
-    svg: Markup
+    svg: str
     label: str
     width: int
+
+    def with_ids(self, prefix: str) -> Markup:
+        """The element for a page, where its ids begin with ``prefix``."""
+        # to_svg has escaped every name that it was given
+        return Markup(_ID.sub(rf"\g<1>{prefix}-", self.svg))
 
 
 def as_picture(figure: Figure) -> Picture:
     svg = to_svg(figure)
     for namespace in _NAMESPACES:
         svg = svg.replace(namespace, "", 1)
-    # to_svg escapes every text that it is given
-    return Picture(Markup(svg), alt_text(figure), round(figure.get_size_inches()[0] * _PIXELS_AN_INCH))
+    return Picture(svg, alt_text(figure), round(figure.get_size_inches()[0] * _PIXELS_AN_INCH))
 
 
 def draw_confusion(metrics: Mapping[str, Any]) -> Picture:

@@ -46,7 +46,6 @@ class Scores:
     confusion_values: Table
     whole_matrix: bool
     split: str
-    selected_on: str
     in_sample: bool
     temperature: float | None
     positive: str | None = None
@@ -154,7 +153,13 @@ def _environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     numbers = itertools.count(1)
-    environment.globals["unique"] = lambda stem: f"{stem}-{next(numbers)}"
+
+    def unique(stem: str) -> str:
+        return f"{stem}-{next(numbers)}"
+
+    environment.globals["unique"] = unique
+    # two runs may have the very same drawing, with the same ids in it
+    environment.filters["drawing"] = lambda picture: picture.with_ids(unique("drawing"))
     return environment
 
 
@@ -203,8 +208,7 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
         confusion_values=tables.confusion_table(metrics),
         whole_matrix=len(metrics["per_class"]) <= tables.MOST_COLUMNS,
         split=scored_split(of_run),
-        selected_on=selecting_split(of_run),
-        in_sample=scored_split(of_run) == selecting_split(of_run),
+        in_sample=scored_split(of_run) == "validation",
         temperature=metrics.get("temperature"),
         positive=metrics.get("positive_class"),
         binary=tables.binary_table(metrics) if binary else None,

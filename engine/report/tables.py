@@ -215,19 +215,20 @@ def calibration_table(metrics: Mapping[str, Any]) -> Table | None:
 
 def epochs_table(run: ReportedRun) -> Table:
     """The rows of ``summary.csv``, its main columns."""
+    # the images that the epoch was chosen on
+    split = "test" if "test_loss" in run.history[-1] else "val"
     labels = {
         "lr": "Learning rate",
         "train_loss": "Training loss",
-        "val_loss": "Validation loss",
-        "val_accuracy": "Accuracy",
-        "val_balanced_accuracy": "Balanced accuracy",
-        "val_macro_f1": "Macro-F1",
+        f"{split}_loss": "Test loss" if split == "test" else "Validation loss",
+        f"{split}_accuracy": "Accuracy",
+        f"{split}_balanced_accuracy": "Balanced accuracy",
+        f"{split}_macro_f1": "Macro-F1",
     }
-    chosen_by = f"val_{run.args.get('eval_metric', 'macro_f1')}"
-    if chosen_by not in labels:
-        labels[chosen_by] = chosen_by.removeprefix("val_")
-    keys = [key for key in labels if key in run.history[0]]
-    rows = [[words(row["epoch"]), *(_logged(row[key]) for key in keys)] for row in run.history]
+    chosen_by = run.args.get("eval_metric", "macro_f1")
+    labels.setdefault(f"{split}_{chosen_by}", chosen_by)
+    keys = [key for key in labels if key in run.history[-1]]
+    rows = [[words(row["epoch"]), *(_logged(row.get(key)) for key in keys)] for row in run.history]
     return Table("Training by epoch", ("Epoch", *(labels[key] for key in keys)), rows)
 
 
