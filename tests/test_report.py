@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html import unescape
@@ -141,7 +142,7 @@ def test_headings_and_sections_are_in_order_and_ids_are_unique(page, tmp_path):
     for shown in (page, make(tmp_path, heads, write_run(tmp_path / "plain"))):
         levels = [int(level) for level in re.findall(r"<h(\d)", shown)]
         assert levels.count(1) == 1
-        assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False))
+        assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
         ids = re.findall(r' id="([^"]+)"', shown)
         assert len(ids) == len(set(ids))
         assert set(re.findall(r'href="#([^"]+)"', shown)) <= set(ids)

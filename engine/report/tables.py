@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.metrics import ECE_BINS
@@ -98,7 +98,8 @@ def headline(metrics: Mapping[str, Any]) -> list[tuple[str, Cell]]:
         found = {key: (metrics[key], binary_interval(metrics, key)) for key in ("recall", "specificity")}
         tiles = [(BINARY_FIGURES[key][0], number(*found[key], digits=3)) for key in found] + tiles
         return [tile for tile in tiles if tile[0] != "Balanced accuracy"]
-    return [*tiles, ("ECE", number(metrics.get("ece"), digits=3))]
+    scaled = f"{metrics['calibrated']['ece']:.3f} scaled" if "calibrated" in metrics else ""
+    return [*tiles, ("ECE", replace(number(metrics.get("ece"), digits=3), below=scaled))]
 
 
 def binary_interval(metrics: Mapping[str, Any], key: str) -> Sequence[float] | None:
