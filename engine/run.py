@@ -109,12 +109,12 @@ class RunDirectory:
 
         Those of a head have its name at their end, as ``roc_HEAD.png``.
         """
-        self._write_picture("curves.png", draw_curves(history, chosen=metrics["epoch"]))
         if (self.path / "sampling.csv").exists():
             with (self.path / "sampling.csv").open(encoding="utf-8", newline="") as lines:
                 self._write_picture("class_balance.png", draw_class_balance(list(csv.DictReader(lines))))
         for head, own in {None: metrics, **metrics.get("heads", {})}.items():
             ending = ".png" if head is None else f"_{head}.png"
+            self._write_picture(f"curves{ending}", draw_curves(history, chosen=metrics["epoch"], head=head))
             self._write_picture(f"confusion_matrix{ending}", draw_confusion_matrix(own))
             if head in self._predictions:
                 predictions = self._predictions[head]

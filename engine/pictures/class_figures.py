@@ -39,7 +39,7 @@ def draw_class_figures(runs: Mapping[str, Any]) -> Figure:
     Args:
         runs: what metrics.json holds, or ``{run: that}`` for several runs, which have a bar each.
     """
-    named: dict[str, Mapping[str, Any]] = {"": runs} if "per_class" in runs else dict(runs)
+    named: dict[str, Mapping[str, Any]] = {"": runs} if "confusion_matrix" in runs else dict(runs)
     first = next(iter(named.values()))["per_class"]
     names = list(dict.fromkeys(name for metrics in named.values() for name in metrics["per_class"]))
     about = f"{len(names)} classes"

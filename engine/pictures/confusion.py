@@ -28,6 +28,8 @@ _MOST_COUNTED = 60
 """Classes up to which every cell has its number; beyond, there is no room for it."""
 # Starts in white, so that empty cells recede; dark enough at the end for white figures.
 _SHARES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#cfe3f3", "#6fb1dc", BLUE, "#00304d"])
+# The square root makes room for the small shares: a class that loses 5% to another must be seen.
+_NORM = PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def draw_confusion_matrix(metrics: Mapping[str, Any], *, title: str = "Confusion matrix") -> Figure:
@@ -43,7 +45,7 @@ def draw_confusion_matrix(metrics: Mapping[str, Any], *, title: str = "Confusion
     cell = max(0.24, 1.3 / len(names) ** 0.45) if counted else 12.0 / len(names)  # inches
     name_size = float(np.clip(40 * cell, 5, 9))
     side, name_width = len(names) * cell, text_width(names, name_size) + 0.1
-    upright = name_width > cell
+    upright = name_width > cell + 0.05
     below = (name_width if upright else 0.2) + 0.35
     left = max(name_width, 0.2) + 0.35
     width = max(left + side + 1.0, 3.6)
@@ -53,9 +55,7 @@ def draw_confusion_matrix(metrics: Mapping[str, Any], *, title: str = "Confusion
 
     axes = add_axes(figure, left, 0.6, side, side)
     axes.grid(visible=False)
-    # The square root makes room for the small shares: a class that loses 5% to another must be seen.
-    norm = PowerNorm(0.5, vmin=0, vmax=1)
-    image = axes.imshow(shares, cmap=_SHARES, norm=norm, aspect="auto", interpolation="nearest")
+    image = axes.imshow(shares, cmap=_SHARES, norm=_NORM, aspect="auto", interpolation="nearest")
     bar = figure.colorbar(
         image,
         cax=add_axes(figure, left + side + 0.15, 0.6, 0.12, min(side, 4.0)),
@@ -85,7 +85,8 @@ def _show_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: float
     axes.grid(which="minor", color=PALE, linewidth=0.5)
     axes.tick_params(which="both", length=0)
     size = min(12, 72 * cell * min(0.45, 1.3 / len(str(counts.max()))))
+    colors = _SHARES(_NORM(shares))
     for truth, prediction in zip(*np.nonzero(counts), strict=True):
-        color = text_on(_SHARES(PowerNorm(0.5, vmin=0, vmax=1)(shares[truth, prediction])))
+        color = text_on(colors[truth, prediction])
         text = str(counts[truth, prediction])
-        axes.text(prediction, truth, text, ha="center", va="center", fontsize=size, color=color)
+        axes.text(prediction, truth, text, ha="center", va="center", fontsize=size, color=color, parse_math=False)

@@ -166,7 +166,7 @@ def _draw_tile(figure: Figure, x: float, y: float, image: np.ndarray | None, rea
 def _draw_caption(figure: Figure, x: float, y: float, shown: Example) -> None:
     width, height = figure.get_size_inches()
     truth, said = shortened(shown.truth, 20), shortened(shown.prediction, 15)
-    lines = [f"truth {truth}", f"said {said} {shown.probability:.3f}", shortened(_ending(shown.file), 26)]
+    lines = [f"truth {truth}", f"predicted {said} ({shown.probability:.3f})", shortened(_ending(shown.file), 26)]
     for i, (line, color) in enumerate(zip(lines, ("black", "black", GREY), strict=True)):
         place = (x / width, 1 - (y + _TILE + 0.04 + 0.15 * i) / height)
         figure.text(*place, line, va="top", fontsize=8 if i < 2 else 7, color=color, parse_math=False)

@@ -105,8 +105,13 @@ def _fonts() -> list[str]:
 
 
 def _own_ids(svg: str) -> str:
-    """Without the ids that nothing refers to; the others begin with what no other picture's do."""
-    referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    own = f"p{hashlib.sha256(svg.encode()).hexdigest()[:10]}"
-    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{own}-{found[1]}"' if found[1] in referred else "", svg)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", svg)
+    """Without the ids that nothing refers to; the others begin with what no other picture's do. Text is left alone."""
+    reference = re.compile(r'(xlink:href="#|url\(#)([^")]+)')
+    referred = {found[2] for tag in re.findall(r"<[^>]*>", svg) for found in reference.finditer(tag)}
+    own = f"p{hashlib.sha256(svg.encode()).hexdigest()[:10]}-"
+
+    def renamed(tag: re.Match[str]) -> str:
+        text = re.sub(r' id="([^"]*)"', lambda found: f' id="{own}{found[1]}"' if found[1] in referred else "", tag[0])
+        return reference.sub(rf"\g<1>{own}\g<2>", text)
+
+    return re.sub(r"<[^>]*>", renamed, svg)

@@ -32,7 +32,9 @@ def draw_precision_recall(
     """
     curves, about = curves_of(runs, positive_class, _KIND)
     texts = [_text(curve) for curve in curves]
-    figure, axes = new_square(curves, "Precision and recall", f"{about}; dotted: chance", texts)
+    if any(curve.prevalence is not None for curve in curves):
+        about += "; dotted: chance"
+    figure, axes = new_square(curves, "Precision and recall", about, texts)
     lines = draw(axes, curves, drawstyle="steps-pre")
     for curve, shown in zip(curves, lines, strict=True):
         if curve.prevalence is not None:

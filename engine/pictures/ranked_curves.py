@@ -35,12 +35,16 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A line of the picture: of one class, which has a prevalence, or the mean of several."""
+    """A line of the picture: of one class, whose share of the images is its ``prevalence``, or the mean of several.
+
+    ``stands_out`` is for a mean among the classes that it is of.
+    """
 
     name: str
     points: _Points
     area: float
     prevalence: float | None = None
+    stands_out: bool = False
 
 
 def default_positive(predictions: Predictions, positive_class: str | None) -> str | None:
@@ -74,7 +78,7 @@ def new_square(curves: Sequence[Curve], title: str, about: str, legend: Sequence
     figure = new_figure(
         _LEFT + _SIDE + 0.2 + max(legend_width(legend), 1.2),
         _TOP + _SIDE + 0.5,
-        f"{title}: {about}. {'; '.join(legend) or 'No curve'}.",
+        f"{title}: {about}. {' '.join('; '.join(legend).split()) or 'No curve'}.",
     )
     set_title(figure, title, about)
     axes = add_axes(figure, _LEFT, _TOP, _SIDE, _SIDE)
@@ -86,18 +90,18 @@ def new_square(curves: Sequence[Curve], title: str, about: str, legend: Sequence
 
 
 def draw(axes: Axes, curves: Sequence[Curve], **how: Any) -> list[Line2D]:
-    """The curves as lines; the mean of classes, which stands last, wide and black."""
+    """The curves as lines; one that stands out is black and wide."""
     lines = []
     for k, curve in enumerate(curves):
-        is_mean = curve.prevalence is None and k == len(curves) - 1 and k > 0
-        own: dict[str, Any] = {"color": BLACK, "linestyle": "-", "linewidth": 2.6} if is_mean else {}
-        lines.append(line(axes, *thinned(*curve.points), k, **{**own, **how}))
+        x, y = thinned(*curve.points)
+        apart: dict[str, Any] = {"color": BLACK, "linestyle": "-", "linewidth": 2.6} if curve.stands_out else {}
+        lines.append(line(axes, x, y, k, **apart, **how))
     return lines
 
 
 def _curves_of_classes(predictions: Predictions, kind: Kind) -> tuple[list[Curve], str]:
     rankings = _rankings(predictions, kind)
-    mean = _mean("mean", rankings, kind)
+    mean = _mean("mean", rankings, kind, stands_out=True)
     areas = {name: kind.area(ranking) for name, ranking in rankings.items()}
     shown, about = list(rankings), "each class against the rest"
     if len(rankings) > MOST_CLASSES:
@@ -125,10 +129,10 @@ def _curve(name: str, ranking: Ranking, kind: Kind) -> Curve:
     return Curve(name, kind.points(ranking), kind.area(ranking), ranking.prevalence)
 
 
-def _mean(name: str, rankings: Mapping[str, Ranking], kind: Kind) -> Curve | None:
+def _mean(name: str, rankings: Mapping[str, Ranking], kind: Kind, *, stands_out: bool = False) -> Curve | None:
     """The mean of the curves at each place of the grid, and of their areas."""
     if not rankings:
         return None
     points = [kind.on_grid(ranking) for ranking in rankings.values()]
     area = float(np.mean([kind.area(ranking) for ranking in rankings.values()]))
-    return Curve(name, (points[0][0], np.mean([y for _, y in points], axis=0)), area)
+    return Curve(name, (points[0][0], np.mean([y for _, y in points], axis=0)), area, stands_out=stands_out)

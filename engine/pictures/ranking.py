@@ -53,12 +53,15 @@ class Ranking:
         return np.append(0, GRID), np.append(0, np.interp(GRID, false_rate[upper], true_rate[upper]))
 
     def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
-        """Recall and precision, (k + 1,) each, from recall 0 with the first threshold's precision; needs positive ones.
+        """Recall, rising from 0 to 1, and the highest precision that a threshold gives at it; needs positive images.
 
-        Between two points the precision is that of the later one, so that average precision is the area.
+        Up to a point, from the one before it, the precision is taken as that of the point: average precision is the
+        area. At recall 0 nothing is called positive; the precision there is that of the next point.
         """
-        precision = self.true_positives / (self.true_positives + self.false_positives)
-        return np.append(0, self.true_positives) / self.true_positives[-1], np.append(precision[0], precision)
+        gains = np.diff(self.true_positives, prepend=0) > 0
+        found = self.true_positives[gains]
+        precision = found / (found + self.false_positives[gains])
+        return np.append(0, found) / found[-1], np.append(precision[0], precision)
 
     def average_precision(self) -> float:
         """Sum of (gain in recall) * precision over the thresholds."""

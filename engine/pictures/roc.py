@@ -62,7 +62,7 @@ def _text(curve: Curve) -> str:
 
 def _point_text(point: Mapping[str, Any]) -> str:
     wanted, sensitivity, specificity = (point[key] for key in ("wanted_sensitivity", "sensitivity", "specificity"))
-    return f"{wanted:g} wanted: {sensitivity:.3f} at {specificity:.3f}"
+    return f"sensitivity {sensitivity:.3f} ({wanted:g} wanted),\nspecificity {specificity:.3f}"
 
 
 def _is_known(point: Mapping[str, Any]) -> bool:

@@ -61,7 +61,7 @@ def columns(text: str) -> int:
 
 def text_width(texts: Sequence[str], size: float = TEXT_SIZE) -> float:
     """Inches that the longest of the texts takes at most, by and large, in whatever font it is shown in."""
-    return max(map(columns, texts), default=0) * _EM * size / 72
+    return max((columns(line) for text in texts for line in text.split("\n")), default=0) * _EM * size / 72
 
 
 def new_figure(width: float, height: float, about: str) -> Figure:
