@@ -29,6 +29,8 @@ HEAVY = (
     "test_any_model",
     "test_fuse_tails",
     "test_models",
+    "test_report_browser",
+    "test_report",
     "test_instruction_sets",
 )
 
