@@ -54,8 +54,9 @@ def write_run(
         scored = Scored(tuple(f"{folder}/{file}" for file in scored.files), names, scored.logits, scored.labels)
         for i, file in enumerate(scored.files):
             write_image(Path(file), (40 * i % 255, 90, 120), seed=i, size=(40, 60))
-        model = create_model(config.model, num_classes=len(names))
+        model = create_model(config.model, num_classes=len(names), heads=heads.shapes() if heads else None)
         args = {"args": config.as_mapping(), "class_names": list(names), "epoch": 2}
+        args |= {"heads": heads.class_names()} if heads else {}
         save_checkpoint(run.best, {"model": model.state_dict(), **args})
     if heads:
         scored = _with_heads(scored, heads, seed)

@@ -18,11 +18,13 @@ from engine.cli import run
 from engine.config import Config
 from engine.data import drop_bad
 from engine.device import Precision
+from engine.grad_cam import explain
 from engine.mcnemar import compare_predictions
 from engine.predictions import read_predictions
 from engine.provenance import describe_run
-from engine.report import drawings
+from engine.report import drawings, mistakes
 from engine.report.comparison import pair
+from engine.report.runs import read_run
 from tests.image_folders import write_folder
 from tests.report_runs import CLASSES, EPOCHS, write_run
 
@@ -169,6 +171,23 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
         }
         assert float(positive["Sensitivity"]) == head["recall"]
         assert float(positive["Specificity"]) == head["specificity"]
+
+
+def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", heads=TREE, images=tmp_path / "images")
+    asked = []
+
+    def explained(model, samples, config, device, *, labels, head):
+        asked.extend((head, label) for label in labels)
+        return explain(model, samples, config, device, labels=labels, head=head)
+
+    monkeypatch.setattr(mistakes, "explain", explained)
+    found, remark = mistakes.find_mistakes(read_run(path, "run"), torch.device("cpu"))
+    assert remark == ""
+    assert len(found) == 12
+    assert all(mistake.evidence is not None and mistake.truth != mistake.prediction for mistake in found)
+    of_class = {"benign": ("diagnosis", 0), "early": ("subtype", 0), "late": ("subtype", 1)}
+    assert sorted(asked) == sorted(of_class[mistake.prediction] for mistake in found)
 
 
 def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
