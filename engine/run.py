@@ -1,4 +1,4 @@
-"""The run directory: args.yaml, tables, metrics.json, checkpoints, pictures, TensorBoard events."""
+"""The run directory: args.yaml, about.json, tables, metrics.json, checkpoints, pictures, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -96,6 +96,9 @@ class RunDirectory:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_text("metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+    def write_about(self, about: dict[str, Any]) -> None:
+        self._write_text("about.json", json.dumps(about, indent=2) + "\n")
 
     def write_predictions(self, predictions: Predictions, head: str | None = None) -> None:
         self._predictions[head] = predictions

@@ -28,7 +28,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.command_line import parse_args
 from engine.config import SELECT_ON, Config
-from engine.data import Loader, Samples, Splits, drop_bad
+from engine.data import BadFile, Loader, Samples, Splits, drop_bad
 from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
 from engine.errors import UserError
@@ -37,6 +37,7 @@ from engine.losses import twice_corrected
 from engine.metric_report import format_reports
 from engine.metrics import metric_is_better
 from engine.mixing import Mixing, make_mixing
+from engine.provenance import describe_run
 from engine.run import Row, RunDirectory
 from engine.scoring import Scored, final_metrics, score, score_images
 from engine.stages import frozen_at_random
@@ -57,7 +58,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
-    splits = _checked_data(config)
+    splits, left_out = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     heads = checked_heads(config, splits)
     criterion_of = criterion_for(config, splits.train, heads, device)
@@ -72,6 +73,7 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
     run_dir = RunDirectory.open(resume) if resume else RunDirectory.create(config)
     chosen_on = make_eval_loader(selected_on(splits, config), config, device, precision)
     print(f"{config.model} on {device}, {precision}; run directory {run_dir.path}")
+    run_dir.write_about(describe_run(config, splits, left_out, device, precision))
 
     for epoch in range(len(history), config.epochs):
         if _has_stopped_early(config, history, best):
@@ -152,7 +154,7 @@ def train_epoch(
     }
 
 
-def _checked_data(config: Config) -> Splits:
+def _checked_data(config: Config) -> tuple[Splits, list[BadFile]]:
     splits = open_data(config)
     splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     print(splits.description)
@@ -161,7 +163,7 @@ def _checked_data(config: Config) -> Splits:
     for warning in (twice_corrected(config, splits.train.class_counts()), frozen_at_random(config)):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
-    return splits
+    return splits, bad
 
 
 def _build(

@@ -30,6 +30,8 @@ HEAVY = (
     "test_fuse_tails",
     "test_models",
     "test_recipe_tbx11",
+    "test_report_browser",
+    "test_report",
     "test_instruction_sets",
 )
 

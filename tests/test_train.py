@@ -61,6 +61,7 @@ def assert_equal_weights(a: Path, b: Path) -> None:
 def test_run_directory_is_complete_and_the_network_has_learnt(finished):
     for name in (
         "args.yaml",
+        "about.json",
         "summary.csv",
         "metrics.json",
         "last.pt",

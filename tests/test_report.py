@@ -1,0 +1,352 @@
+"""`engine.report`: a run's page says what its files say, and nothing in it runs, loads or leaks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from engine import report
+from engine.build import open_data
+from engine.cli import run
+from engine.config import Config
+from engine.data import drop_bad
+from engine.device import Precision
+from engine.grad_cam import explain
+from engine.mcnemar import compare_predictions
+from engine.predictions import read_predictions
+from engine.provenance import describe_run
+from engine.report import drawings, mistakes
+from engine.report.comparison import pair
+from engine.report.runs import read_run
+from tests.image_folders import write_folder
+from tests.report_runs import CLASSES, EPOCHS, write_run
+
+HOSTILE = ("<script>alert(1)</script>", "a&b </style> \"x\" 'y' &lt;", "${7*7}{{7*7}}$")
+HOSTILE_FILE = 'test/"><img src=x onerror=alert(1)>&.png'
+TREE = {
+    "diagnosis": {"classes": {"benign": ["b"], "malignant": ["e", "l"]}},
+    "subtype": {"classes": {"early": ["e"], "late": ["l"]}, "when": {"diagnosis": "malignant"}},
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """A run whose classes and files have names that would do harm, with its images and a model."""
+    folder = tmp_path_factory.mktemp("hostile")
+    return write_run(folder / "a <b>run", HOSTILE, images=folder / "private & images", files=(HOSTILE_FILE,))
+
+
+@pytest.fixture(scope="module")
+def page(hostile) -> str:
+    assert run(report.main, [str(hostile), "--device", "cpu"]) == 0
+    return (hostile / "report.html").read_text(encoding="utf-8")
+
+
+def make(tmp_path: Path, *argv: object) -> str:
+    assert run(report.main, [*map(str, argv), "--no-images", "--output", str(tmp_path / "page.html")]) == 0
+    return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without what takes most of the time."""
+    monkeypatch.setattr(drawings, "to_svg", lambda figure: "<svg></svg>")
+
+
+def table(page: str, caption: str) -> list[list[str]]:
+    """The rows of the table with that caption; a figure is given with all its digits."""
+    (found,) = re.findall(rf"<caption[^>]*>{re.escape(caption)}</caption>(.*?)</table>", page, re.DOTALL)
+    rows = []
+    for row in re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL):
+        cells = re.findall(r"<(?:th|td)[^>]*>(.*?)</(?:th|td)>", row, re.DOTALL)
+        values = (re.search(r'<data value="([^"]*)"', cell) or re.search(r"^(?:<bdi>)?([^<]*)", cell) for cell in cells)
+        rows.append([unescape(value[1]).strip() for value in values])
+    return rows
+
+
+def test_the_page_has_the_figures_of_metrics_json(hostile, page):
+    metrics = json.loads((hostile / "metrics.json").read_text())
+    shown = {label: float(value) for label, value, _ in table(page, "Figures over all classes")[1:]}
+    keys = {"Macro-F1": "macro_f1", "Accuracy": "accuracy", "MCC": "mcc", "ECE, 15 bins": "ece", "Brier score": "brier"}
+    assert {label: shown[label] for label in keys} == {label: metrics[key] for label, key in keys.items()}
+
+    by_class = table(page, "Figures of each class against the rest")
+    assert by_class[0] == ["Class", "Images", "Recall", "Precision", "Specificity", "F1", "AUROC", "AP"]
+    keys = ("support", "recall", "precision", "specificity", "f1", "auroc", "average_precision")
+    for name, *figures in by_class[1:-1]:
+        assert [float(figure) for figure in figures] == [metrics["per_class"][name][key] for key in keys]
+    assert [row[0] for row in by_class[1:-1]] == list(HOSTILE)
+    low, high = metrics["intervals"]["per_class"][HOSTILE[0]]["recall"]
+    assert f"<small>{low:.3f} to {high:.3f}</small>" in page
+
+    confusion = table(page, "Confusion matrix: rows are the truth, columns the prediction")
+    assert [[int(count) for count in row[1:]] for row in confusion[1:]] == metrics["confusion_matrix"]
+    points = table(page, "Operating points")
+    assert [float(row[2]) for row in points[1:]] == [point["threshold"] for point in metrics["operating_points"]]
+    scaled = {
+        row[0]: [float(value) for value in row[1:]] for row in table(page, "Before and after temperature scaling")[1:]
+    }
+    assert scaled["ECE, 15 bins"] == [metrics["ece"], metrics["calibrated"]["ece"]]
+    assert [row[0] for row in table(page, "Training by epoch")[1:]] == [str(epoch) for epoch in range(EPOCHS)]
+
+
+def test_names_that_would_do_harm_are_inert(page):
+    for harm in ("<script", "<img src=x", "</style> "):
+        assert harm not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&#34;&gt;&lt;img src=x onerror=alert(1)&gt;&amp;.png" in page
+    assert "{{7*7}}" in page  # and not 49: a name is no template
+
+
+def test_the_page_loads_nothing(page):
+    assert "//" not in re.sub(r'"data:image[^"]*"', "", page)
+    links = re.findall(r'<[^<>]*\s(?:xlink:)?(?:src|href)="([^"]*)"', page)
+    assert {re.split("[,;:]|(?<=#)", link)[0] for link in links} == {"data", "#"}
+    assert "default-src 'none'" in page
+
+
+def test_the_worst_mistakes_stand_with_their_evidence(hostile, page):
+    told = read_predictions(hostile / "predictions.csv")
+    said = told.probabilities.amax(dim=1)
+    wrong = sorted(torch.nonzero(told.predictions != told.labels).flatten().tolist(), key=lambda i: -said[i])
+    gallery = page[page.index('<ul class="gallery">') : page.index("</ul>", page.index('<ul class="gallery">'))]
+    assert re.findall(r"<small><bdi>(.*?)</bdi>", gallery) == [
+        told.files[i].replace("&", "&amp;").replace('"', "&#34;").replace("<", "&lt;").replace(">", "&gt;")
+        for i in wrong[:12]
+    ]
+    assert re.findall(r"called <strong>.*?</strong> with (\S+?)<", gallery) == [f"{said[i]:.3f}" for i in wrong[:12]]
+    assert gallery.count("data:image/png;base64,") == 12
+    assert gallery.count("data:image/jpeg;base64,") == 12
+    assert len(page) < 1_000_000
+
+
+def test_only_the_folded_options_have_the_paths_of_the_machine(hostile, page):
+    visible = re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
+    assert str(hostile.parent) in page
+    assert str(hostile.parent) not in visible
+    assert "private &amp; images" in visible
+
+
+def test_the_same_run_gives_the_same_bytes_and_its_page_can_be_made_again(hostile, page):
+    assert run(report.main, [str(hostile), "--device", "cpu"]) == 0
+    assert (hostile / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_headings_and_sections_are_in_order_and_ids_are_unique(page, tmp_path):
+    heads = write_run(tmp_path / "heads", heads=TREE)
+    for shown in (page, make(tmp_path, heads, write_run(tmp_path / "plain"))):
+        levels = [int(level) for level in re.findall(r"<h(\d)", shown)]
+        assert levels.count(1) == 1
+        assert all(below <= above + 1 for above, below in itertools.pairwise(levels))
+        ids = re.findall(r' id="([^"]+)"', shown)
+        assert len(ids) == len(set(ids))
+        assert set(re.findall(r'href="#([^"]+)"', shown)) <= set(ids)
+
+
+def test_options_that_differ_come_first(hostile, page):
+    rows = {row[0]: row[1:] for row in table(page, "Options that differ from the defaults")[1:]}
+    assert rows["--model"] == ["resnet18", "seresnet50"]
+    assert rows["--data-dir"] == ["private & images", "none"]
+    assert "--lr" not in rows
+    assert "lr: 0.0005" in unescape(re.search(r"<pre.*?</pre>", page, re.DOTALL)[0])
+
+
+def test_each_head_has_its_own_figures(tmp_path, undrawn):
+    path = write_run(tmp_path / "run", heads=TREE)
+    metrics = json.loads((path / "metrics.json").read_text())
+    page = make(tmp_path, path)
+    start = [page.index(f">Head {head}<") for head in ("diagnosis", "subtype")]
+    for own, head in zip((page[start[0] : start[1]], page[start[1] :]), metrics["heads"].values(), strict=True):
+        shown = {row[0]: row[1] for row in table(own, "Figures over all classes")[1:]}
+        assert float(shown["Macro-F1"]) == head["macro_f1"]
+        positive = {
+            row[0]: row[1] for row in table(own, f"Figures of the positive class, {head['positive_class']}")[1:]
+        }
+        assert float(positive["Sensitivity"]) == head["recall"]
+        assert float(positive["Specificity"]) == head["specificity"]
+
+
+def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", heads=TREE, images=tmp_path / "images")
+    asked = []
+
+    def explained(model, samples, config, device, *, labels, head):
+        asked.extend((head, label) for label in labels)
+        return explain(model, samples, config, device, labels=labels, head=head)
+
+    monkeypatch.setattr(mistakes, "explain", explained)
+    found, remark = mistakes.find_mistakes(read_run(path, "run"), torch.device("cpu"))
+    assert remark == ""
+    assert len(found) == 12
+    assert all(mistake.evidence is not None and mistake.truth != mistake.prediction for mistake in found)
+    of_class = {"benign": ("diagnosis", 0), "early": ("subtype", 0), "late": ("subtype", 1)}
+    assert sorted(asked) == sorted(of_class[mistake.prediction] for mistake in found)
+
+
+def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
+    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1, lr=0.01)
+    page = make(tmp_path, first, second)
+    told = [read_predictions(path / "predictions.csv") for path in (first, second)]
+    test = compare_predictions(*told)
+    assert test.b + test.c > 0
+    (row,) = table(page, "McNemar&#39;s test against one")[1:]
+    assert row[:4] == ["two", "60", str(test.b), str(test.c)]
+    assert [float(value) for value in row[4:6]] == [test.p_exact, test.chi2]
+
+    one, two = (json.loads((path / "metrics.json").read_text()) for path in (first, second))
+    difference = f"{two['macro_f1'] - one['macro_f1']:+.4f}".replace("-", "\N{MINUS SIGN}")
+    assert f"difference </span>{difference}</span>" in page
+    assert {row[0]: row[1:] for row in table(page, "Options that differ between the runs")[1:]} == {
+        "--lr": ["0.0005", "0.01"]
+    }
+    assert "Read with care" not in page
+
+
+def test_runs_scored_on_other_images_are_compared_on_those_of_both(tmp_path, undrawn):
+    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
+    rows = (second / "predictions.csv").read_text().splitlines(keepends=True)
+    (second / "predictions.csv").write_text("".join([*rows[:41], rows[41].replace("test/", "elsewhere/")]))
+    page = make(tmp_path, first, second)
+    assert "The runs were not scored on the same images" in page
+    (row,) = table(page, "McNemar&#39;s test against one")[1:]
+    told = [read_predictions(path / "predictions.csv") for path in (first, second)]
+    right = [dict(zip(of.files, (of.labels == of.predictions).tolist(), strict=True)) for of in told]
+    shared = right[0].keys() & right[1].keys()
+    assert row[1:4] == [
+        "40",
+        str(sum(right[0][file] and not right[1][file] for file in shared)),
+        str(sum(right[1][file] and not right[0][file] for file in shared)),
+    ]
+    assert "21 were predicted by one run only" in page
+    assert pair(told[0], None).test is None
+
+
+def test_runs_with_other_classes_or_unfinished_ones_are_named_and_not_compared(tmp_path, undrawn):
+    runs = [
+        write_run(tmp_path / "one"),
+        write_run(tmp_path / "two", ("cat", "dog")),
+        write_run(tmp_path / "three", finished=False),
+    ]
+    page = make(tmp_path, *runs)
+    assert "two is not compared: its classes (cat, dog) are not those of one (benign, malignant, normal)" in page
+    assert "three is not compared: three has not finished" in page
+    assert "McNemar" not in page
+    assert all(f'<h2 class="run" id="run{i}-run">' in page for i in (1, 2, 3))
+
+
+def test_an_unfinished_run_shows_what_there_is(tmp_path):
+    page = make(tmp_path, write_run(tmp_path / "run", finished=False, epochs=9))
+    assert "metrics.json is missing: 4 of 9 epochs are done" in page
+    assert "--resume run goes on" in page
+    assert "Curves by epoch" in page
+    assert "Worst mistakes" not in page
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "warning"),
+    (
+        ("test", {"selected_on": "test"}, "The epoch was chosen on the test images."),
+        ("validation", {}, "There is no test set."),
+        ("test", {"selected_on": "validation"}, None),
+    ),
+)
+def test_what_flatters_the_figures_is_said_before_them(tmp_path, undrawn, split, change, warning):
+    path = write_run(tmp_path / "run", split=split)
+    metrics = json.loads((path / "metrics.json").read_text())
+    (path / "metrics.json").write_text(json.dumps(metrics | change))
+    page = make(tmp_path, path)
+    if warning is None:
+        assert 'class="warning"' not in page
+        assert "chosen on validation by macro f1" in page
+    else:
+        assert page.index(warning) < page.index('class="tiles"')
+
+
+def test_images_that_are_gone_or_not_wanted_are_said_to_be(tmp_path, undrawn, capsys):
+    path = write_run(tmp_path / "run", images=tmp_path / "images")
+    assert "left out of this page (--no-images)" in make(tmp_path, path)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert run(report.main, [str(path), "--device", "cpu"]) == 0
+    page = (path / "report.html").read_text()
+    assert re.search(r"12 of the 12 worst mistakes cannot be shown", page)
+    assert str(tmp_path) not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
+
+
+def test_many_classes_list_the_largest_confusions(tmp_path, undrawn):
+    names = tuple(f"class {i}" for i in range(30))
+    metrics_path = write_run(tmp_path / "run", names) / "metrics.json"
+    confusion = json.loads(metrics_path.read_text())["confusion_matrix"]
+    rows = table(make(tmp_path, tmp_path / "run"), "The most frequent confusions")
+    largest = max(count for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j)
+    assert int(rows[1][2]) == largest
+    assert len(rows) == 21
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    (
+        (lambda path: None, "no such directory"),
+        (lambda path: path.mkdir(), "holds no args.yaml"),
+        (lambda path: (write_run(path, finished=False) / "summary.csv").unlink(), "no epoch of the run has finished"),
+        (lambda path: path.write_text(""), "is a file; name the run directory"),
+        (lambda path: (write_run(path) / "metrics.json").write_text("{"), "metrics.json: not readable"),
+        (lambda path: (write_run(path) / "metrics.json").write_text('{"split": "test"}'), "holds no epoch"),
+    ),
+    ids=("absent", "no run", "nothing finished", "a file", "damaged", "incomplete"),
+)
+def test_what_is_no_run_is_refused_with_a_way_out(tmp_path, capsys, prepare, message):
+    prepare(tmp_path / "run")
+    assert run(report.main, [str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):
+    path = write_run(tmp_path / "run")
+    (tmp_path / "page.html").write_text("mine")
+    argv = [str(path), "--no-images", "--output", str(tmp_path / "page.html")]
+    assert run(report.main, argv) == 2
+    assert (tmp_path / "page.html").read_text() == "mine"
+    assert run(report.main, [*argv, "--force"]) == 0
+    assert run(report.main, [str(path), str(path)]) == 2
+    assert "add --output FILE.html" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, undrawn):
+    page = make(tmp_path, write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1))
+    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["run", "run (2)"]
+
+
+def test_a_run_writes_down_its_data_its_bad_files_and_its_software(tmp_path, undrawn):
+    folder = write_folder(tmp_path / "data", {"blue": 6, "red": 4})
+    (folder / "train" / "blue" / "000.png").write_bytes(b"no image")
+    config = Config(data_dir=str(folder), max_bad_fraction=0.5, workers=1)
+    splits, bad = drop_bad(open_data(config), workers=1, max_bad_fraction=0.5)
+    device = torch.device("cpu")
+    about = json.loads(json.dumps(describe_run(config, splits, bad, device, Precision(device, False, "bfloat16"))))
+    counts = about["data"]["counts"]
+    assert sum(counts["train"].values()) + sum(counts["validation"].values()) == 9
+    assert counts["test"] == {"blue": 4, "red": 4}
+    (left_out,) = about["data"]["left_out"]
+    assert left_out["file"] == "train/blue/000.png"
+    assert about["versions"]["torch"] == torch.__version__
+
+    path = write_run(tmp_path / "run", CLASSES, data_dir=str(folder))
+    (path / "about.json").write_text(json.dumps(about))
+    page = make(tmp_path, path)
+    assert "<bdi>train/blue/000.png</bdi>: " in page
+    assert f"torch {torch.__version__}" in page
+    assert [row[:3] for row in table(page, "Images of each class")[:2]] == [
+        ["Class", "Train images", "Validation images"],
+        ["blue", str(counts["train"]["blue"]), str(counts["validation"]["blue"])],
+    ]
+    assert str(tmp_path) not in re.sub(r"<pre.*?</pre>", "", page, flags=re.DOTALL)
+    assert yaml.safe_load((path / "args.yaml").read_text())["data_dir"] == str(folder)
