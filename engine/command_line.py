@@ -60,7 +60,7 @@ def require_fused(config: Config, scope: str | None) -> None:
 
 
 # What may differ when a run goes on: where it runs, not what it computes.
-_MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se", "fused_scope")
+MAY_CHANGE_ON_RESUME = ("workers", "device", "fused_se", "fused_scope")
 
 
 def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
@@ -74,7 +74,7 @@ def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
     before, after = Config(**values), Config.from_mapping(values | given, "the command line")
     for name in given:
         old, new = getattr(before, name), getattr(after, name)
-        if name not in _MAY_CHANGE_ON_RESUME and old != new:
+        if name not in MAY_CHANGE_ON_RESUME and old != new:
             raise UserError(
                 f"{spelled(name)} {new} does not go with --resume (the run has {old}); "
                 f"start a new run with --recipe {args_file} {spelled(name)} {new}"
