@@ -30,6 +30,7 @@ def open_data(config: Config) -> Splits:
         val_fraction=config.val_fraction,
         seed=config.seed,
         allow_links=config.allow_links,
+        imbalance_ratio=config.imbalance_ratio,
     )
     classes = len(splits.train.class_names)
     if config.num_classes not in (None, classes):

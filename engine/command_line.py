@@ -84,14 +84,55 @@ def _resumed(resume: str, given: dict[str, Any], recipe: str | None) -> Config:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The mapping of a built-in recipe or of a YAML file. Raises UserError for an unknown one."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name}.yaml"
+    """The options of a built-in recipe or of a YAML file, over those of the recipe that its key ``base`` names.
+
+    Raises UserError for an unknown recipe, or one that is based on itself.
+    """
+    values: dict[str, Any] = {}
+    for path, own in _lineage(name):
+        values = checked_values(dataclasses.fields(Config), own, str(path)) | values
+    return values
+
+
+def about_recipe(name: str) -> str:
+    """What a recipe reproduces, by its key ``about``, in one line; empty where it does not say."""
+    return " ".join(_recipe_file(_recipe_path(name, Path())).get("about", "").split())
+
+
+def _lineage(name: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe and what it is based on, itself first: the files, and what each says of a run."""
+    path = _recipe_path(name, Path())
+    found: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        own = dict(_recipe_file(path))
+        base = own.pop("base", None)
+        own.pop("about", None)
+        found.append((path, own))
+        if base is None:
+            return found
+        path = _recipe_path(base, path.parent)
+        if path in (known for known, _ in found):
+            raise UserError(f"{found[-1][0]}: base: {base} is based on this recipe itself; name another one")
+
+
+def _recipe_file(path: Path) -> dict[str, Any]:
+    """The mapping of a file, its keys ``about`` and ``base`` checked."""
+    values = _read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of options, such as `epochs: 20`")
+    for key in ("about", "base"):
+        if not isinstance(values.get(key, ""), str):
+            raise UserError(f"{path}: {key}: {values[key]!r} must be a text")
+    return values
+
+
+def _recipe_path(name: str, folder: Path) -> Path:
+    """The file of a built-in recipe, or a YAML file, whose relative name starts from ``folder``."""
+    path = folder / name if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UserError(f"--recipe {name}: no such recipe; name a YAML file or one of: {known}")
-    return checked_values(dataclasses.fields(Config), _read_yaml(path), str(path))
+    return path
 
 
 def _read_yaml(path: Path) -> Any:

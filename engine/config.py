@@ -49,6 +49,12 @@ class Config:
     val_fraction: float = _flag(
         0.15, "share of each training class held out for validation where none is given", type=float
     )
+    imbalance_ratio: float | None = _flag(
+        None,
+        "make train, and a validation set that is taken from it, long-tailed: of k classes, class x = 0, 1, ... keeps "
+        "n * U^(x/(k-1)) images, where U is this",
+        type=float,
+    )
     max_bad_fraction: float = _flag(0.01, "largest share of unreadable images that a run accepts", type=float)
     num_classes: int | None = _flag(None, "number of classes; must be what the data holds", type=int)
 
@@ -226,6 +232,9 @@ class Config:
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        self._require(
+            self.imbalance_ratio is None or 0 < self.imbalance_ratio <= 1, "imbalance_ratio", "above 0 and at most 1"
+        )
         for name in ("smoothing", "drop", "model_ema_decay", "class_weights_beta"):
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
         for name in ("focal_gamma", "tau", "l2_loss"):

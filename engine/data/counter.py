@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     MIXING = 4
     SPLIT = 5
     DROPOUT = 6
+    LONG_TAIL = 7
 
 
 def generator(purpose: Purpose, seed: int, stream: int, *, block: int = 0) -> np.random.Generator:

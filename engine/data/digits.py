@@ -1,8 +1,8 @@
-"""The embedded data set: scikit-learn's scanned digits (1797 real images of 8 x 8 grey levels), made long-tailed.
+"""The embedded data set: scikit-learn's scanned digits (1797 real images of 8 x 8 grey levels).
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
-The test split is balanced. Train follows the long-tailed rule of Cui et al., "Class-Balanced Loss Based on Effective
-Number of Samples", CVPR 2019: class x keeps n * u^(x / (classes - 1)) images.
+Both splits are balanced, train with as many images of each class as the smallest can give; ``engine.data.long_tail``
+makes it long-tailed where that is asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from engine.data.cache import cache_folder
 from engine.errors import UserError
 
 TEST_PER_CLASS = 40
-IMBALANCE = 0.1
 SPLIT_SEED = 0
 GREY_LEVELS = 16
 """The scans' white; 0 is their black."""
@@ -33,12 +32,12 @@ def write_digits(root: str | os.PathLike[str] | None = None) -> Path:
     call adds what is missing and nothing else.
 
     Args:
-        root: by default ``fused-se-engine/digits`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
+        root: by default ``fused-se-engine/balanced-digits`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = Path(root) if root is not None else cache_folder() / "digits"
+    folder = Path(root) if root is not None else cache_folder() / "balanced-digits"
     try:
         if not _is_complete(folder):
             _write(folder)
@@ -48,6 +47,12 @@ def write_digits(root: str | os.PathLike[str] | None = None) -> Path:
             "be written, or name your own images with --data-dir"
         ) from error
     return folder
+
+
+def dealt_order(folder: Path) -> list[str]:
+    """The training images that ``write_digits`` wrote to ``folder``, those of a class in the order of chance."""
+    names = json.loads((folder / "digits.json").read_text())
+    return [str(folder.absolute() / name) for name in names if name.startswith("train/")]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -64,23 +69,22 @@ def _write(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size == 0:
             _write_atomically(path, image)
-    _write_atomically(folder / "digits.json", sorted(images))
+    _write_atomically(folder / "digits.json", list(images))
 
 
 def _split_digits() -> dict[str, Image.Image]:
-    """{relative file name: image}, the same on every machine."""
+    """{relative file name: image}, the same on every machine, those of a class in the order that chance gave them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / GREY_LEVELS)).astype(np.uint8)
     classes = len(digits.target_names)
-    largest = int(np.bincount(digits.target).min()) - TEST_PER_CLASS
+    each = int(np.bincount(digits.target).min())
     rng = np.random.Generator(np.random.Philox(key=SPLIT_SEED))
     images = {}
     for label in range(classes):
-        members = rng.permutation(np.flatnonzero(digits.target == label))
-        train_count = int(largest * IMBALANCE ** (label / (classes - 1)))
-        parts = {"test": members[:TEST_PER_CLASS], "train": members[TEST_PER_CLASS:][:train_count]}
+        members = rng.permutation(np.flatnonzero(digits.target == label))[:each]
+        parts = {"test": members[:TEST_PER_CLASS], "train": members[TEST_PER_CLASS:]}
         for split, chosen in parts.items():
             for i in chosen:
                 images[f"{split}/{label}/{i:04d}.png"] = Image.fromarray(grey[i])

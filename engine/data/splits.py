@@ -16,8 +16,9 @@ import numpy as np
 from engine.data.arrays import read_npz, relabel
 from engine.data.cifar import find_cifar, read_cifar
 from engine.data.counter import Purpose, generator
-from engine.data.digits import write_digits
+from engine.data.digits import dealt_order, write_digits
 from engine.data.folder import read_known_classes, read_splits_folder, require_folder
+from engine.data.long_tail import make_long_tailed
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
 from engine.data.splitting import split_groups
@@ -35,6 +36,7 @@ def open_splits(
     val_fraction: float = 0.15,
     seed: int = 0,
     allow_links: bool = False,
+    imbalance_ratio: float | None = None,
 ) -> Splits:
     """The three sets; a test set is never touched for validation.
 
@@ -49,8 +51,11 @@ def open_splits(
             one image of every class that has two, never the whole of a class. Where a manifest has groups, whole ones.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
         allow_links: follow links that lead out of ``data_dir``.
+        imbalance_ratio: train is made long-tailed (``engine.data.long_tail``), and before a validation set is taken
+            from it, so that this one is as well; a given one stays whole, and so does test.
 
-    Neither ``data_dir`` nor ``csv``: scikit-learn's scanned digits, made long-tailed (``engine.data.digits``).
+    Neither ``data_dir`` nor ``csv``: scikit-learn's scanned digits, balanced (``engine.data.digits``); their long tail
+    is the same for every seed.
 
     Raises:
         UserError: something is missing, empty, contradictory or unknown.
@@ -68,6 +73,10 @@ def open_splits(
         source = str(data_dir) if data_dir is not None else "embedded digits"
         root = Path(data_dir) if data_dir is not None else write_digits()
         train, val, test = read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
+    if imbalance_ratio is not None:
+        order = dealt_order(root) if data_dir is None and csv is None else None
+        train = make_long_tailed(train, imbalance_ratio, seed, order=order)
+        source += f", long-tailed with U = {imbalance_ratio:g}"
     origin = "given"
     if val is None:
         train, val = _take_validation(train, val_fraction, seed)
