@@ -1,6 +1,6 @@
 """What several recipes, each trained with the same seeds, come to: mean, spread, and tests against the first of them.
 
-Two tests, of two questions. The paired t-test over the seeds (Student, "The Probable Error of a Mean", 1908): would other
+Two tests. The paired t-test over the seeds (Student, "The Probable Error of a Mean", 1908): would other
 trainings of the two recipes differ likewise? Pairs, because a seed gives both the same validation split, the same draws
 and, of the same model, the same initial weights. And McNemar's (`engine.mcnemar`), of the two networks of a seed: would
 these differ likewise on other images? Neither answers the other's question: Dietterich, "Approximate Statistical Tests
