@@ -2,12 +2,9 @@
 
     python -m benchmarks.long_tail [--runs DIR] [--output FILE.md]
 
-The embedded digits at three imbalance ratios u (`engine.data.long_tail`), every arm a recipe of this folder. Trainings that
-are in ``--runs`` already are used again, and the page is written anew after each u, so that it can be stopped and gone
-on with.
-
-The rule for every arm: the weights of the last epoch are scored. A validation set that is cut from such a training set has
-next to no image of the rare classes, and would choose in favour of the common ones.
+The embedded digits at three imbalance ratios u (`engine.data.long_tail`), every arm a recipe of this folder. What is in
+``--runs`` already is used again, and the page written anew each time that a u is through, so that it can be stopped and
+gone on with.
 """
 
 from __future__ import annotations
@@ -53,10 +50,13 @@ REPORTED = {
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     runs, page = Path(args.runs), Path(args.output)
+    found: dict[float, dict[str, Any]] = {}
+    for ratio in sorted(RATIOS):
+        found[ratio] = compared((PLAIN, REWEIGHTED), ratio, SEEDS, runs)
+        page.write_text(as_markdown(found), encoding="utf-8")
     choice = compared(CANDIDATES, CHOSEN_AT, CHOOSING_SEEDS, runs / "choice")
     best = max(CANDIDATES, key=lambda arm: choice["recipes"][arm]["metrics"]["macro_f1"]["mean"])
-    found: dict[float, dict[str, Any]] = {}
-    for ratio in RATIOS:
+    for ratio in sorted(RATIOS):
         found[ratio] = compared((PLAIN, REWEIGHTED, best), ratio, SEEDS, runs)
         page.write_text(as_markdown(found, choice, best), encoding="utf-8")
     print(page.read_text(encoding="utf-8"))
@@ -89,58 +89,83 @@ def last_epoch(run_dir: Path) -> Outcome:
     return Outcome(json.loads(metrics.read_text()), read_predictions(predictions))
 
 
-def as_markdown(found: Mapping[float, Mapping[str, Any]], choice: Mapping[str, Any], best: str) -> str:
-    missing = [f"{ratio:g}" for ratio in RATIOS if ratio not in found]
+def as_markdown(
+    found: Mapping[float, Mapping[str, Any]], choice: Mapping[str, Any] | None = None, best: str | None = None
+) -> str:
+    """The page, of what is trained so far."""
+    arms = [arm for arm in (PLAIN, REWEIGHTED, best) if arm is not None]
     parts = [
         "# A long tail of real images: plain, re-weighted and augmented, and further",
         f"By `python -m benchmarks.long_tail`, {datetime.date.today()}; {_device()}; torch {torch.__version__}, Python "
         f"{platform.python_version()}.",
-        "The embedded digits (scikit-learn's scans, 8 x 8 grey levels), SE-ResNet18 from scratch at 32 px, "
-        "20 epochs, AdamW, batches of 32, no label smoothing; seeds "
-        + f"{_listed(SEEDS)}. Of ten classes, class x keeps 134 u^(x/9) training images, at least one, of which 15% are held "
-        "out for validation; the test set is balanced, 400 images, the same for all.",
-        *_data(found),
-        "\n".join(f"- `{arm}`: {about_recipe(str(HERE / f'{arm}.yaml'))}." for arm in (PLAIN, REWEIGHTED, best)),
-        "One rule for every arm: **the weights of the last epoch** are scored. The validation images have the tail's shape and "
-        "hardly one of a rare class, so that choosing an epoch by them would favour the common classes; what it "
-        "would have come to stands in the last column, by the lowest validation loss.",
+        "The embedded digits (scikit-learn's scans, 8 x 8 grey levels), SE-ResNet18 from scratch at 32 px, 20 epochs, "
+        f"AdamW, batches of 32, no label smoothing, seeds {_listed(SEEDS)}. Of ten classes, class x keeps 134 u^(x/9) "
+        "training images and at least one, of which 15% are held out for validation. The test set is balanced: 400 "
+        "images, the same for all.",
+        markdown_table(_counts(found)),
+        _arms(arms),
+        "One rule for every arm: **the weights of the last epoch are scored.** The validation images have the tail's "
+        "shape and hardly one of a rare class, so that choosing an epoch by them would favour the common ones. What "
+        "that would have come to, by the lowest validation loss, stands in the last column.",
         "## Macro-F1 and accuracy on the test images",
-        *([f"**Not trained yet: u = {', '.join(missing)}.** The command goes on with them."] if missing else []),
         "Mean +- standard deviation (n - 1) over the seeds.",
         markdown_table(_figures(found)),
+        *_missing(found, best),
         "## Beside the report that the claim is from",
-        "It had long-tailed CIFAR-50 (harder images, of 50 classes), SGD at 1e-4, 50 epochs, and tells of one training "
-        "each. What can be set beside it is what the method changes, not how high the figures are.",
-        markdown_table(_beside_reported(found)),
+        "It has long-tailed CIFAR-50, SGD at 1e-4 for 50 epochs, and tells of one training each: harder images, of "
+        "five times as many classes. What can be set beside it is what a method changes, not how high the figures are.",
+        markdown_table(_beside_reported(found, best)),
         "## Whether they differ",
-        "Against `plain`. difference, 95% interval, p: paired t-test over the seeds, which asks whether other seeds would "
-        "differ likewise; with three its interval is 4.3 standard errors to each side. McNemar: exact p of each seed's "
-        "two networks, which asks whether they would differ likewise on other images; the seeds' tests are of the same "
-        "images. No p is corrected for their number.",
+        f"Against `{PLAIN}`. Difference, interval and p: paired t-test over the seeds, which asks whether other seeds "
+        "would differ likewise; the interval of three is 4.3 standard errors to each side. McNemar: exact p of each "
+        "seed's two networks, which asks whether these would differ likewise on other images; the seeds' tests are of "
+        "the same images. No p is corrected for their number.",
         markdown_table(_tests(found)),
-        "## How the third arm was chosen",
-        f"By mean macro-F1 at u = {CHOSEN_AT:g} over seeds {_listed(CHOOSING_SEEDS)}, which the tables above do not use; "
-        "on the same test images, though, since the validation images cannot tell. All that was tried:",
-        markdown_table(_choice(choice)),
-        "\n".join(f"- `{arm}`: {about_recipe(str(HERE / f'{arm}.yaml'))}." for arm in CANDIDATES),
     ]
+    if choice is not None:
+        parts += [
+            "## How the third arm was chosen",
+            f"By mean macro-F1 at u = {CHOSEN_AT:g} over seeds {_listed(CHOOSING_SEEDS)}, which the tables above do "
+            "not use; on the same test images, though, since the validation images cannot tell. All that was tried:",
+            markdown_table(_choice(choice)),
+            _arms(CANDIDATES),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
-def _data(found: Mapping[float, Any]) -> list[str]:
+def _arms(arms: Sequence[str]) -> str:
+    return "\n".join(f"- `{arm}`: {about_recipe(str(HERE / f'{arm}.yaml'))}." for arm in arms)
+
+
+def _counts(found: Mapping[float, Any]) -> list[list[str]]:
     rows = [["u", *(f"class {label}" for label in range(10)), "train", "val"]]
-    for ratio in found:
+    for ratio in _in_order(found):
         splits = open_splits(imbalance_ratio=ratio, seed=SEEDS[0])
         both = splits.train.class_counts() + splits.val.class_counts()
         rows.append([f"{ratio:g}", *map(str, both), str(len(splits.train)), str(len(splits.val))])
-    return [markdown_table(rows)]
+    return rows
+
+
+def _missing(found: Mapping[float, Mapping[str, Any]], best: str | None) -> list[str]:
+    """What the command has still to train, where it was stopped."""
+    pairs = [f"u = {ratio:g}" for ratio in RATIOS if ratio not in found]
+    thirds = [
+        f"u = {ratio:g}" for ratio in RATIOS if best is None or best not in found.get(ratio, {"recipes": ()})["recipes"]
+    ]
+    missing = [f"all of {_listed(pairs)}"] if pairs else []
+    missing += [f"the third arm (another method) at {_listed(thirds)}"] if thirds else []
+    return [f"**Not trained yet: {' and '.join(missing)}.** The same command goes on with it."] if missing else []
+
+
+def _in_order(found: Mapping[float, Any]) -> list[float]:
+    return [ratio for ratio in RATIOS if ratio in found]
 
 
 def _figures(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
     seeds = _listed(SEEDS)
     rows = [["u", "arm", "macro-F1", f"seeds {seeds}", "accuracy", f"seeds {seeds}", "macro-F1 by validation loss"]]
-    for ratio, comparison in found.items():
-        for arm, recipe in comparison["recipes"].items():
+    for ratio in _in_order(found):
+        for arm, recipe in found[ratio]["recipes"].items():
             row = [f"{ratio:g}", f"`{arm}`"]
             for metric in METRICS:
                 figures = recipe["metrics"][metric]
@@ -149,27 +174,26 @@ def _figures(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _beside_reported(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["u", "", "report: plain", "re-weighted", "change", "here: plain", "re-weighted", "change"]]
-    (best,) = {arm for comparison in found.values() for arm in comparison["recipes"]} - {PLAIN, REWEIGHTED}
-    rows[0] += [f"`{best}`", "change"]
-    for ratio, comparison in found.items():
+def _beside_reported(found: Mapping[float, Mapping[str, Any]], best: str | None) -> list[list[str]]:
+    after = [arm for arm in (REWEIGHTED, best) if arm is not None]
+    rows = [["u", "", "report: plain", "re-weighted", "change", f"here: `{PLAIN}`"]]
+    rows[0] += [cell for arm in after for cell in (f"`{arm}`", "change")]
+    for ratio in _in_order(found):
         for metric, shown in zip(METRICS, ("macro-F1", "accuracy"), strict=True):
-            before, after = REPORTED[ratio][metric]
-            here = {arm: recipe["metrics"][metric]["mean"] for arm, recipe in comparison["recipes"].items()}
-            plain = here[PLAIN]
-            rows.append(
-                [f"{ratio:g}", shown, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", f"{plain:.3f}"]
-            )
-            for arm in (REWEIGHTED, best):
-                rows[-1] += [f"{here[arm]:.3f}", f"{here[arm] - plain:+.3f}"]
+            then = REPORTED[ratio][metric]
+            here = {arm: recipe["metrics"][metric]["mean"] for arm, recipe in found[ratio]["recipes"].items()}
+            row = [f"{ratio:g}", shown, f"{then[0]:.3f}", f"{then[1]:.3f}", f"{then[1] - then[0]:+.3f}"]
+            row.append(f"{here[PLAIN]:.3f}")
+            for arm in after:
+                row += [f"{here[arm]:.3f}", f"{here[arm] - here[PLAIN]:+.3f}"] if arm in here else ["", ""]
+            rows.append(row)
     return rows
 
 
 def _tests(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
     rows = [["u", "arm", "metric", "difference", "95% interval", "p", f"McNemar p, seeds {_listed(SEEDS)}"]]
-    for ratio, comparison in found.items():
-        for arm, recipe in comparison["recipes"].items():
+    for ratio in _in_order(found):
+        for arm, recipe in found[ratio]["recipes"].items():
             for metric, test in recipe.get("paired_t_test", {}).items():
                 low, high = test["interval"] or (float("nan"), float("nan"))
                 mcnemar = (
