@@ -184,9 +184,8 @@ def format_csv(comparison: Mapping[str, Any]) -> str:
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the header."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(
-        f"| {' | '.join(printable(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
+    cells = ([printable(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _title(comparison: Mapping[str, Any]) -> str:
