@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from engine.tables import format_table
 
 DEFAULT_METRICS = ("macro_f1", "accuracy", "balanced_accuracy", "auroc_macro_ovr")
 CONFIDENCE = 0.95
+LINE = 120
+"""Columns of a terminal that sentences are broken at."""
 
 Rows = list[list[str]]
 
@@ -154,7 +157,8 @@ def format_text(comparison: Mapping[str, Any]) -> str:
     for title, rows in _tables(comparison):
         numbers = range(1, len(rows[0]))
         parts.append(f"{title}\n\n{format_table(rows, numbers)}")
-    return "\n\n".join([*parts, "\n".join(_notes(comparison))])
+    notes = [textwrap.fill(note, LINE, break_long_words=False, break_on_hyphens=False) for note in _notes(comparison)]
+    return "\n\n".join([*parts, "\n".join(notes)])
 
 
 def format_markdown(comparison: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ def last_epoch(run_dir: Path) -> Outcome:
     metrics, predictions = run_dir / "last_epoch.json", run_dir / "last_epoch.csv"
     if not metrics.exists():
         predictions.unlink(missing_ok=True)  # of a scoring that was stopped half-way
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             flags = ["--output", str(metrics), "--predictions", str(predictions)]
             evaluate.main([str(run_dir / "last.pt"), *flags])
     return Outcome(json.loads(metrics.read_text()), read_predictions(predictions))
@@ -104,6 +104,8 @@ def as_markdown(
         "images, the same for all.",
         markdown_table(_counts(found)),
         _arms(arms),
+        "The method to be checked is both at once, the sampler and the augmentation; which of them does it is not asked "
+        "here.",
         "One rule for every arm: **the weights of the last epoch are scored.** The validation images have the tail's "
         "shape and hardly one of a rare class, so that choosing an epoch by them would favour the common ones. What "
         "that would have come to, by the lowest validation loss, stands in the last column.",
