@@ -104,8 +104,8 @@ def as_markdown(
         "images, the same for all.",
         markdown_table(_counts(found)),
         _arms(arms),
-        "The method to be checked is both at once, the sampler and the augmentation; which of them does it is not asked "
-        "here.",
+        "The method to be checked is both at once, the sampler and the augmentation; which of them does it is not "
+        "asked here.",
         "One rule for every arm: **the weights of the last epoch are scored.** The validation images have the tail's "
         "shape and hardly one of a rare class, so that choosing an epoch by them would favour the common ones. What "
         "that would have come to, by the lowest validation loss, stands in the last column.",
