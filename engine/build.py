@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from engine.config import Config
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
+from engine.data.selection import Selection
 from engine.device import Precision
 from engine.errors import UserError
 from engine.fusion import fuse
@@ -18,20 +20,34 @@ from engine.models import create_model, load_pretrained
 
 
 def open_data(config: Config) -> Splits:
-    """The splits that a run trains, validates and tests on, no image of which has been looked at.
+    """The splits that a run trains, validates and tests on; images are looked at for ``config.group_duplicates`` alone.
 
-    Raises UserError where --num-classes is not theirs.
+    Prints what may not have been meant. Raises UserError where --num-classes is not theirs, or there are no images of
+    the set that the best epoch is to be chosen on.
     """
     splits = open_splits(
         data_dir=config.data_dir,
         csv=config.csv,
         val_csv=config.val_csv,
         test_csv=config.test_csv,
-        val_fraction=config.val_fraction,
+        val_fraction=None if config.select_on == "test" else config.val_fraction,
         seed=config.seed,
         allow_links=config.allow_links,
+        selection=make_selection(config),
+        test_fraction=config.test_fraction,
+        test_method=config.test_method,
+        duplicates=config.group_duplicates,
+        workers=config.workers,
         imbalance_ratio=config.imbalance_ratio,
     )
+    for warning in splits.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if config.select_on == "test" and splits.test is None:
+        raise UserError("--select-on test: the data has no test images; add --test-fraction 0.2, or leave it out")
+    if config.select_on == "test" and splits.val is None and config.sensitivity:
+        raise UserError(
+            "--sensitivity chooses thresholds on validation images, and --select-on test takes none; leave one out"
+        )
     classes = len(splits.train.class_names)
     if config.num_classes not in (None, classes):
         raise UserError(
@@ -39,6 +55,18 @@ def open_data(config: Config) -> Splits:
             f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
         )
     return splits
+
+
+def make_selection(config: Config) -> Selection:
+    """What of a source counts for a run, fresh for one reading."""
+    return Selection(config.classes, config.exclude, config.label_regex, config.group_regex)
+
+
+def selected_on(splits: Splits, config: Config) -> Samples:
+    """The images that the best epoch is chosen on, of ``open_data``."""
+    chosen = splits.test if config.select_on == "test" else splits.val
+    assert chosen is not None, "open_data sees to it"
+    return chosen
 
 
 def data_folder(data_dir: str | None, csv: str | None) -> Path:
@@ -100,13 +128,15 @@ def make_train_loader(
     augmentation: Augmentation | None,
 ) -> Loader:
     """What a run trains on; a run's sampler and augmentation are ``make_sampler`` and ``make_augmentation``."""
+    sizes = tuple(config.train_img_size(epoch) for epoch in range(config.epochs))
     drawn = {"sampler": sampler, "augmentation": augmentation, "seed": config.seed}
-    return _make_loader(samples, config, device, precision, training=True, **drawn)
+    return _make_loader(samples, config, device, precision, training=True, img_size=sizes, **drawn)
 
 
 def make_eval_loader(samples: Samples, config: Config, device: torch.device, precision: Precision) -> Loader:
     """Every image once, in order, resized and normalised, nothing else."""
-    return _make_loader(samples, config, device, precision, training=False, crop_pct=config.crop_pct)
+    shown = {"img_size": config.img_size, "crop_pct": config.crop_pct}
+    return _make_loader(samples, config, device, precision, training=False, **shown)
 
 
 def _make_loader(
@@ -116,7 +146,6 @@ def _make_loader(
         config.data_backend,
         samples,
         batch_size=config.batch_size,
-        img_size=config.img_size,
         device=device,
         dtype=precision.input_dtype,
         max_bad_fraction=config.max_bad_fraction,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -28,6 +30,9 @@ def parse_args(argv: list[str] | None) -> tuple[Config, str | None]:
         "Train an image classifier on imbalanced data; without --data-dir or --csv on the embedded digits.",
     )
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run from its last checkpoint")
+    parser.add_argument(
+        "--list-recipes", action=_ListRecipes, nargs=0, help="list the built-in recipes with what each reproduces"
+    )
     add_run_flags(parser)
     args = parser.parse_args(argv)
     given = vars(args).copy()
@@ -97,6 +102,31 @@ def read_recipe(name: str) -> dict[str, Any]:
 def about_recipe(name: str) -> str:
     """What a recipe reproduces, by its key ``about``, in one line; empty where it does not say."""
     return " ".join(_recipe_file(_recipe_path(name, Path())).get("about", "").split())
+
+
+def list_recipes(width: int = 80) -> str:
+    """The built-in recipes and what each reproduces, in two columns that are together ``width`` wide."""
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    indent = max(map(len, names)) + 2
+    entries = (
+        textwrap.fill(
+            about_recipe(name),
+            max(width, 2 * indent),
+            initial_indent=f"{name:{indent}}",
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
+        for name in names
+    )
+    return "\n".join(entries)
+
+
+class _ListRecipes(argparse.Action):
+    """Prints them and ends the command, as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(list_recipes(shutil.get_terminal_size((100, 24)).columns))
+        parser.exit()
 
 
 def _lineage(name: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -170,12 +200,13 @@ def add_run_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *, 
         if argument.pop("switch", False):
             argument["action"] = argparse.BooleanOptionalAction
         elif argument.pop("names", False):
-            argument |= {"metavar": "NAME", "nargs": "+"}
+            argument = {"metavar": "NAME", "nargs": "+"} | argument
             shown = ""
         elif argument.pop("words", None):
             argument |= {"metavar": "NAME|NUMBER", "nargs": "+"}
         elif "nargs" in argument:
-            argument |= {"metavar": "FLOAT", "type": float}
+            number = argument.setdefault("type", float)
+            argument["metavar"] = number.__name__.upper()
             shown = f" (default: {' '.join(f'{value:g}' for value in default)})" if default else ""
         elif "choices" not in argument:
             argument["metavar"] = argument["type"].__name__.upper()

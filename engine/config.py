@@ -14,6 +14,7 @@ from typing import Any
 from engine.config_values import checked_values
 from engine.data.augment import AUTO_AUGMENTS
 from engine.data.backends import DATA_BACKENDS
+from engine.data.held_out import DUPLICATES, TEST_METHODS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
@@ -23,7 +24,9 @@ PROBABILITIES = (
     *("aug_prob", "hflip", "vflip", "color_jitter_prob", "sharpness_prob", "gaussian_blur_prob", "reprob"),
     *("minority_aug", "mixup_prob", "mixup_switch_prob"),
 )
-CLASS_WEIGHTS = ("none", "balanced", "effective")
+SELECT_ON = {"validation": "val", "test": "test"}
+"""What the best epoch can be chosen on, and how the columns of summary.csv with its figures begin."""
+CLASS_WEIGHTS = ("none", "balanced", "sqrt", "effective")
 
 
 def _flag(default: Any, help: str, *, short: str | None = None, **argument: Any) -> Any:
@@ -46,6 +49,35 @@ class Config:
     val_csv: str | None = _flag(None, "manifest of the validation images", type=str)
     test_csv: str | None = _flag(None, "manifest of the test images", type=str)
     allow_links: bool = _flag(False, "follow links that lead out of --data-dir", switch=True)
+    classes: tuple[str, ...] = _flag((), "take the images of these classes only", names=True)
+    exclude: tuple[str, ...] = _flag(
+        (),
+        "leave out the files whose names match one of these patterns, such as '*_mask*.png'",
+        names=True,
+        metavar="PATTERN",
+    )
+    label_regex: str | None = _flag(
+        None,
+        "take the label of an image in --data-dir from its name, such as 'class(.)[.]png', not from its folder",
+        type=str,
+    )
+    group_regex: str | None = _flag(
+        None,
+        r"take the group, which no two sets may share, from the name of an image, such as 'patient(\d+)_'",
+        type=str,
+    )
+    group_duplicates: str = _flag(
+        "none",
+        "keep on one side of what is taken from train: identical, files of the same bytes; near, also pictures that "
+        "are nearly the same",
+        choices=DUPLICATES,
+    )
+    test_fraction: float = _flag(
+        0.0, "share of each training class held out for testing where no test images are given", type=float
+    )
+    test_method: str = _flag(
+        "stratified", "which those are: by chance; or first, the first ones by name", choices=tuple(TEST_METHODS)
+    )
     val_fraction: float = _flag(
         0.15, "share of each training class held out for validation where none is given", type=float
     )
@@ -87,6 +119,13 @@ class Config:
     )
 
     img_size: int = _flag(224, "height and width that images are resized to, in pixels", type=int)
+    train_img_sizes: tuple[int, ...] = _flag(
+        (),
+        "sizes to train on one after the other, such as 128 160 192, each for as many epochs, or for one epoch more; "
+        "scoring is at --img-size, and without this flag so is training",
+        nargs="+",
+        type=int,
+    )
     batch_size: int = _flag(32, "images a step", short="-b", type=int)
     sampling: str = _flag(
         "inverse",
@@ -177,8 +216,8 @@ class Config:
     mixup_switch_prob: float = _flag(0.5, "probability of CutMix for a mixed batch, where both are on", type=float)
     class_weights: str | tuple[float, ...] = _flag(
         "none",
-        "weigh the loss of a class of c images: balanced, by 1/c as scikit-learn does; effective, by "
-        "(1-beta)/(1-beta^c); or by numbers, one a class in sorted order",
+        "weigh the loss of a class of c images: balanced, by 1/c as scikit-learn does; sqrt, by 1/sqrt(c); effective, "
+        "by (1-beta)/(1-beta^c); or by numbers, one a class in sorted order",
         words=CLASS_WEIGHTS,
     )
     class_weights_beta: float = _flag(0.999, "beta of --class-weights effective", type=float)
@@ -199,6 +238,12 @@ class Config:
 
     eval_metric: str = _flag(
         "macro_f1", f"chooses the best epoch on the validation images: {', '.join(METRIC_NAMES)}", type=str
+    )
+    select_on: str = _flag(
+        "validation",
+        "images that the best epoch is chosen on; with test the figures are optimistic, which is then said, and no "
+        "validation images are taken from train",
+        choices=tuple(SELECT_ON),
     )
     sensitivity: tuple[float, ...] = _flag(
         (),
@@ -226,12 +271,17 @@ class Config:
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
+        sizes = self.train_img_sizes
+        self._require(all(size >= 1 for size in sizes), "train_img_sizes", "sizes of at least 1 pixel")
+        self._require(sizes == tuple(sorted(sizes)), "train_img_sizes", "sizes that never fall")
+        self._require(len(sizes) <= max(self.epochs, 1), "train_img_sizes", "no more sizes than --epochs")
         for name in ("epochs", "batch_size", "img_size", "grad_accum_steps", "workers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_bad_fraction", *PROBABILITIES):
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", "above 0 and at most 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1")
+        self._require(0 <= self.test_fraction < 1, "test_fraction", "at least 0 and below 1")
         self._require(
             self.imbalance_ratio is None or 0 < self.imbalance_ratio <= 1, "imbalance_ratio", "above 0 and at most 1"
         )
@@ -294,7 +344,9 @@ class Config:
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
-            raise UserError(f"{spelled(name)} {getattr(self, name)} does not work: it must be {what}")
+            value = getattr(self, name)
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"{spelled(name)} {given} does not work: it must be {what}")
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> Config:
@@ -303,6 +355,15 @@ class Config:
 
     def as_mapping(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def train_img_size(self, epoch: int) -> int:
+        """The size that the epoch trains on, in pixels: of as many stages of like length as there are sizes.
+
+        The schedule of Tan and Le, "EfficientNetV2", ICML 2021, whose last size may be below that of scoring, as in
+        Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019.
+        """
+        sizes = self.train_img_sizes or (self.img_size,)
+        return sizes[min(epoch * len(sizes) // self.epochs, len(sizes) - 1)]
 
     def model_options(self) -> dict[str, Any]:
         """What ``create_model`` is told beside the model's name and the number of classes."""

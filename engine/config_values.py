@@ -46,7 +46,7 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     if "words" in argument:
         return _word_or_numbers(field.name, value, argument["words"], source)
     if "nargs" in argument:
-        return _numbers(field.name, value, argument["nargs"], source)
+        return _numbers(field.name, value, argument["nargs"], source, argument.get("type", float))
     wanted = argument.get("type", str)
     # YAML reads 1e-3 as text; a number in place of a text is a mistake
     ok = isinstance(value, wanted) or (wanted is float and isinstance(value, int | str)) or isinstance(value, str)
@@ -61,7 +61,9 @@ def _converted(field: dataclasses.Field[Any], value: Any, source: str) -> Any:
     return converted
 
 
-def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[float, ...]:
+def _numbers(
+    name: str, values: Any, count: int | str, source: str, number: type[int] | type[float] = float
+) -> tuple[float, ...]:
     try:
         if (
             isinstance(values, str)
@@ -69,9 +71,13 @@ def _numbers(name: str, values: Any, count: int | str, source: str) -> tuple[flo
             or any(isinstance(value, bool) for value in values)
         ):
             raise ValueError
-        return tuple(float(value) for value in values)
+        converted = tuple(number(value) for value in values)
+        if any(new != float(value) for new, value in zip(converted, values, strict=True)):
+            raise ValueError
+        return converted
     except (TypeError, ValueError):
-        wanted = "numbers" if count == "+" else f"{count} numbers"
+        kind = "whole numbers" if number is int else "numbers"
+        wanted = kind if count == "+" else f"{count} {kind}"
         raise UserError(f"{source}: {name}: {values!r} must be a list of {wanted}") from None
 
 

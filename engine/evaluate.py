@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.build import data_folder, make_eval_loader, open_data
+from engine.build import data_folder, make_eval_loader, make_selection, open_data, selected_on
 from engine.checkpoint import write_atomically
 from engine.cli import ArgumentParser, run
 from engine.config import Config
@@ -57,7 +57,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     scored = scored_images(samples)
     validation = scored if split == "validation" else None
     if config.sensitivity and validation is None:
-        validation = scored_images(_readable("validation", _run_splits(config, class_names).val, config))
+        held_out = _run_splits(config, class_names).val
+        assert held_out is not None, "open_data refuses --sensitivity without"
+        validation = scored_images(_readable("validation", held_out, config))
     if args.predictions:
         own = args.data_dir is None and args.csv is None
         folder = data_folder(*(config.data_dir, config.test_csv or config.csv) if own else (args.data_dir, args.csv))
@@ -75,17 +77,28 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         sensitivities=config.sensitivity,
         head_temperatures=checkpoint.get("head_temperatures"),
     )
-    return {"split": split, "epoch": checkpoint["epoch"], "tta": args.tta, **metrics}
+    # an epoch that the command line names was not chosen by the run
+    chosen_on = config.select_on if args.epoch is None else None
+    return {"split": split, "epoch": checkpoint["epoch"], "selected_on": chosen_on, "tta": args.tta, **metrics}
 
 
 def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
     """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
         name = str(Path(args.csv or args.data_dir).absolute())  # which is no "test" and no "validation"
-        samples = open_samples(class_names, data_dir=args.data_dir, csv=args.csv, allow_links=config.allow_links)
+        samples = open_samples(
+            class_names,
+            data_dir=args.data_dir,
+            csv=args.csv,
+            allow_links=config.allow_links,
+            selection=make_selection(config),
+        )
     else:
         splits = _run_splits(config, class_names)
-        name, samples = ("test", splits.test) if splits.test is not None else ("validation", splits.val)
+        if splits.test is not None:
+            name, samples = "test", splits.test
+        else:
+            name, samples = "validation", selected_on(splits, config)
     return name, _readable(name, samples, config)
 
 

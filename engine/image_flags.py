@@ -5,11 +5,21 @@ from __future__ import annotations
 import argparse
 
 from engine.data.leakage import HASH_BITS, NEAR_DISTANCE
+from engine.data.selection import Selection
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="folder that names in a CSV start from; its own without it")
     parser.add_argument("--allow-links", action="store_true", help="accept links to images outside of DIR")
+    parser.add_argument(
+        "--classes", metavar="NAME", nargs="+", default=(), help="take the images of these classes only"
+    )
+    parser.add_argument(
+        "--exclude", metavar="PATTERN", nargs="+", default=(), help="leave out files whose names match, '*_mask*.png'"
+    )
+    parser.add_argument(
+        "--label-regex", metavar="REGEX", help="takes the label in DIR from the name, such as 'class(.)[.]png'"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--group-column", metavar="NAME", help="column of a CSV that names the group, such as a patient")
     group.add_argument("--group-regex", metavar="REGEX", help=r"takes the group from the name, such as 'patient(\d+)_'")
@@ -23,6 +33,11 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-j", "--workers", metavar="N", type=_threads, default=4, help="threads that read images (default: 4)"
     )
+
+
+def make_selection(args: argparse.Namespace) -> Selection:
+    """What of a source counts, as the flags say; fresh for one reading."""
+    return Selection(tuple(args.classes), tuple(args.exclude), args.label_regex)
 
 
 def _distance(text: str) -> int:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from engine.classifier import COSINE_SCALE
 from engine.config import Config
-from engine.data.sampler import effective_weights
+from engine.data.sampler import effective_weights, sampling_weights
 from engine.errors import UserError
 
 LARGEST_MARGIN = 0.5
+MOST_CORRECTION = 1.25
+"""What `_correction` may be before it is told."""
 
 
 def make_criterion(
@@ -60,17 +62,17 @@ def _criterion(config: Config, counts: np.ndarray, weights: np.ndarray | None) -
 def class_weights(config: Config, counts: np.ndarray) -> np.ndarray | None:
     """(classes,) float64 of ``config.class_weights``, or None for "none".
 
-    "balanced" is n / (classes * count), scikit-learn's. "effective" is in proportion to (1 - beta) / (1 - beta^count)
-    and sums to the number of classes (Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
-    2019).
+    "balanced" is n / (classes * count), scikit-learn's. The others sum to the number of classes: "sqrt" is in
+    proportion to 1 / sqrt(count), "effective" to (1 - beta) / (1 - beta^count) (Cui et al., "Class-Balanced Loss Based
+    on Effective Number of Samples", CVPR 2019).
     """
     wanted, classes = config.class_weights, len(counts)
     if wanted == "none":
         return None
     if wanted == "balanced":
         return counts.sum() / (classes * counts)
-    if wanted == "effective":
-        weights = effective_weights(counts, config.class_weights_beta)
+    if wanted in ("sqrt", "effective"):
+        weights = counts**-0.5 if wanted == "sqrt" else effective_weights(counts, config.class_weights_beta)
         return weights * (classes / weights.sum())
     if len(wanted) != classes:
         raise UserError(
@@ -80,20 +82,34 @@ def class_weights(config: Config, counts: np.ndarray) -> np.ndarray | None:
     return np.array(wanted, dtype=np.float64)
 
 
-def twice_corrected(config: Config) -> str | None:
-    """One line that says so where the sampler and the loss both make up for the same imbalance."""
+def twice_corrected(config: Config, counts: np.ndarray) -> str | None:
+    """One line that says so where the sampler and the loss together more than make up for the imbalance.
+
+    Args:
+        counts: (classes,) training images of each class.
+    """
     if config.sampling in ("none", "column"):
         return None
     if config.loss == "logit-adjustment":
         flag = "--loss logit-adjustment"
-    elif config.class_weights in ("balanced", "effective"):
+    elif config.class_weights in ("balanced", "sqrt", "effective"):
         flag = f"--class-weights {config.class_weights}"
+        if _correction(config, counts[counts > 0]) <= MOST_CORRECTION:
+            return None
     else:
         return None
     return (
         f"--sampling {config.sampling} and {flag} both make up for rare classes, which then count for more than common "
         "ones; --sampling none leaves it to the loss"
     )
+
+
+def _correction(config: Config, counts: np.ndarray) -> float:
+    """How much more the rarest class counts for than the most common one, by the sampler and the loss together."""
+    drawn = sampling_weights(counts, config.sampling, config.sampling_alpha, config.sampling_beta)
+    weights = class_weights(config, counts.astype(np.float64))
+    together = counts * drawn * (1.0 if weights is None else weights)
+    return float(together[counts.argmin()] / together[counts.argmax()])
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

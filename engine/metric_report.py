@@ -52,7 +52,10 @@ def format_report(metrics: Mapping[str, Any], width: int = 120) -> str:
         f"ECE ({ECE_BINS} bins)": metrics["ece"],
         "loss": metrics["loss"],
     }
-    lines = [_joined(totals), _joined({name: metrics[key] for name, key in _MORE_TOTALS.items()})]
+    lines = []
+    if metrics.get("selected_on") is not None and metrics["selected_on"] == metrics.get("split"):
+        lines += [f"optimistic: the epoch was chosen on these very {metrics['split']} images", ""]
+    lines += [_joined(totals), _joined({name: metrics[key] for name, key in _MORE_TOTALS.items()})]
     if "intervals" in metrics:
         ends = (f"{name} {_range(metrics['intervals'][key])}" for name, key in _WITH_INTERVALS.items())
         lines.append("95% intervals:   " + "   ".join(ends))

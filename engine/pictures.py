@@ -69,7 +69,7 @@ def save_curves(summary_rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
 
     Args:
         summary_rows: rows of ``summary.csv``: ``epoch``, ``train_loss``, ``val_loss``, ``val_macro_f1``, as numbers or
-            text; None or an empty text leaves a gap.
+            text; None or an empty text leaves a gap. With ``test_`` in place of ``val_`` it is the test images' own.
         path: where the picture goes.
 
     Raises:
@@ -77,20 +77,21 @@ def save_curves(summary_rows: Sequence[Mapping[str, Any]], path: str | os.PathLi
     """
     if not summary_rows:
         raise ValueError("no epochs to draw")
-    epochs, train_loss, val_loss, macro_f1 = (
+    prefix, split = ("test", "test") if "test_loss" in summary_rows[0] else ("val", "validation")
+    epochs, train_loss, loss, macro_f1 = (
         np.array([_number(row[name]) for row in summary_rows])
-        for name in ("epoch", "train_loss", "val_loss", "val_macro_f1")
+        for name in ("epoch", "train_loss", f"{prefix}_loss", f"{prefix}_macro_f1")
     )
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     loss_axes, f1_axes = figure.subplots(1, 2)
     _draw(loss_axes, epochs, train_loss, "training", _BLUE)
-    _draw(loss_axes, epochs, val_loss, "validation", _ORANGE)
+    _draw(loss_axes, epochs, loss, split, _ORANGE)
     loss_axes.set_title("loss", loc="left")
     loss_axes.set_ylim(bottom=0)
     if loss_axes.lines:
         loss_axes.legend(frameon=False)
-    _draw(f1_axes, epochs, macro_f1, "validation", _ORANGE)
-    f1_axes.set_title("validation macro-F1", loc="left")
+    _draw(f1_axes, epochs, macro_f1, split, _ORANGE)
+    f1_axes.set_title(f"{split} macro-F1", loc="left")
     if np.isfinite(macro_f1).any():
         best = int(np.nanargmax(macro_f1))
         f1_axes.plot(epochs[best], macro_f1[best], "o", markersize=8, markerfacecolor="none", color=_GREY)

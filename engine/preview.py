@@ -117,7 +117,7 @@ def _images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images ``indices`` as they are scored and as they are trained on at ``places`` of the epoch.
 
-    Both (n, img_size, img_size, 3) float32 in [0, 1].
+    Both (n, S, S, 3) float32 in [0, 1], of the sizes that each has.
     """
     device = pick_device(config.device)
     precision = Precision(device, config.amp, config.amp_dtype)
@@ -172,7 +172,7 @@ def _caption(config: Config, images: int, draws: int, epoch: int) -> str:
     mixed = ", before MixUp and CutMix" if config.mixup > 0 or config.cutmix > 0 else ""
     return (
         f"epoch {epoch}: {draws:,} draws from {images:,} training images, sampling {sampling}; "
-        f"seed {config.seed}, {config.img_size} px, {config.data_backend}{mixed}"
+        f"seed {config.seed}, {config.train_img_size(epoch)} px, {config.data_backend}{mixed}"
     )
 
 

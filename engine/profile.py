@@ -41,6 +41,8 @@ def main(argv: list[str] | None) -> None:
     names_data = any(hasattr(args, name) for name in ("data_dir", "csv", "recipe"))
     model_alone = hasattr(args, "num_classes") and not names_data and not args.data_only
     config = resolve(args, default_recipe=None if model_alone else "digits")
+    # the last epochs, which are the dearest
+    config = dataclasses.replace(config, img_size=config.train_img_size(config.epochs), train_img_sizes=())
     backends = list(dict.fromkeys(args.backends or [config.data_backend]))
     config = dataclasses.replace(config, data_backend=backends[0])
     device = pick_device(config.device)

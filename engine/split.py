@@ -20,7 +20,7 @@ from engine.data.listing import Listing, format_manifest, printable, read_groups
 from engine.data.samples import shorten
 from engine.data.splitting import merge_groups
 from engine.errors import UserError
-from engine.image_flags import add_image_flags
+from engine.image_flags import add_image_flags, make_selection
 from engine.tables import count_classes, describe_leaks, format_counts, format_leaks, format_ranges, name_ranges
 
 REPORT = "split.json"
@@ -77,7 +77,8 @@ def _read(args: argparse.Namespace) -> tuple[Listing, list[str] | None]:
     source = Path(args.source)
     if not source.exists():
         raise UserError(f"{source} does not exist: name a folder with a folder for each class, or a CSV")
-    listing = read_listing(source, Path(args.data_dir) if args.data_dir else None, allow_links=args.allow_links)
+    base = Path(args.data_dir) if args.data_dir else None
+    listing = read_listing(source, base, allow_links=args.allow_links, selection=make_selection(args))
     groups = read_groups(listing, args.source, args.group_column, args.group_regex)
     if args.group_regex is not None and groups is not None:
         listing = replace(listing, columns={**listing.columns, "group": tuple(groups)})

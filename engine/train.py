@@ -23,12 +23,13 @@ from engine.build import (
     make_sampler,
     make_train_loader,
     open_data,
+    selected_on,
 )
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.command_line import parse_args
-from engine.config import Config
+from engine.config import SELECT_ON, Config
 from engine.data import Loader, Samples, Splits, drop_bad
 from engine.data.counter import Purpose, generator
 from engine.device import Precision, pick_device
@@ -108,11 +109,11 @@ def train(
     history: list[Row] = []
     best: Row | None = None
     if checkpoint is not None:
-        _require_same_data(checkpoint, splits, str(resume))
+        _require_same_data(checkpoint, config, splits, str(resume))
         training.load_state_dict(checkpoint)
         history, best = checkpoint["history"], checkpoint["best"]
     run_dir = RunDirectory.open(resume) if resume else RunDirectory.create(config)
-    val_loader = make_eval_loader(splits.val, config, device, precision)
+    chosen_on = make_eval_loader(selected_on(splits, config), config, device, precision)
     print(f"{config.model} on {device}, {precision}; run directory {run_dir.path}")
 
     for epoch in range(len(history), config.epochs):
@@ -124,10 +125,11 @@ def train(
                 f"the loss became {stats['train_loss']} in epoch {epoch}; lower --lr, set --clip-grad or use "
                 f"--amp-dtype bfloat16. {run_dir.path} keeps the epochs before"
             )
-        metrics = score(training.scored, val_loader, splits.train.class_names, precision, heads)
-        row = {"epoch": epoch, **stats, **{f"val_{name}": value for name, value in _scalars(metrics).items()}}
+        metrics = score(training.scored, chosen_on, splits.train.class_names, precision, heads)
+        scores = {f"{SELECT_ON[config.select_on]}_{name}": value for name, value in _scalars(metrics).items()}
+        row = {"epoch": epoch, **stats, **scores}
         history.append(row)
-        improved = best is None or _is_better(row, best, config.eval_metric)
+        improved = best is None or _is_better(row, best, config)
         if best is None or improved:
             best = row
         _write_draws(run_dir, epoch, splits.train, train_loader)
@@ -136,7 +138,7 @@ def train(
         if on_epoch is not None:
             on_epoch(row)
 
-    metrics = _final_score(run_dir, config, splits, heads, training.model, val_loader, device, precision)
+    metrics = _final_score(run_dir, config, splits, heads, training.model, chosen_on, device, precision)
     run_dir.write_metrics(metrics)
     run_dir.write_pictures(history, metrics)
     run_dir.close()
@@ -223,7 +225,7 @@ def _checked_data(config: Config) -> Splits:
     print(splits.description)
     for file in bad:
         print(f"left out: {file.path}: {file.reason}", file=sys.stderr)
-    for warning in (twice_corrected(config), frozen_at_random(config)):
+    for warning in (twice_corrected(config, splits.train.class_counts()), frozen_at_random(config)):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
     return splits
@@ -263,10 +265,13 @@ def _scalars(metrics: dict[str, Any]) -> Row:
     return row
 
 
-def _is_better(row: Row, best: Row, metric: str) -> bool:
+def _is_better(row: Row, best: Row, config: Config) -> bool:
     """By the metric; between equals, which a small validation split makes common, by its loss."""
-    new, old = row[f"val_{metric}"], best[f"val_{metric}"]
-    return metric_is_better(metric.rpartition(".")[2], new, old) or (new == old and row["val_loss"] < best["val_loss"])
+    prefix, metric = SELECT_ON[config.select_on], config.eval_metric
+    new, old = row[f"{prefix}_{metric}"], best[f"{prefix}_{metric}"]
+    if metric_is_better(metric.rpartition(".")[2], new, old):
+        return True
+    return bool(new == old and row[f"{prefix}_loss"] < best[f"{prefix}_loss"])
 
 
 def _has_stopped_early(config: Config, history: list[Row], best: Row | None) -> bool:
@@ -299,7 +304,8 @@ def _save(
         save_checkpoint(run_dir.best, weights)
     if config.keep_epochs:
         run_dir.save_epoch(history[-1]["epoch"], weights)
-    save_checkpoint(run_dir.last, {**state, **about, "history": history, "best": best, "data": _fingerprint(splits)})
+    data = _fingerprint(splits, config)
+    save_checkpoint(run_dir.last, {**state, **about, "history": history, "best": best, "data": data})
     run_dir.write_history(history)
 
 
@@ -314,8 +320,8 @@ def _write_draws(run_dir: RunDirectory, epoch: int, samples: Samples, loader: Lo
     run_dir.write_draws(epoch, samples.class_names, columns)
 
 
-def _fingerprint(splits: Splits) -> dict[str, str]:
-    """Of the classes and of what is in train and val by name; where the folder stands is left out."""
+def _fingerprint(splits: Splits, config: Config) -> dict[str, str]:
+    """Of the classes, and by name of what is trained on and chosen on; where the folder stands is left out."""
 
     def digest(samples: Samples) -> str:
         names = [Path(file).name for file in samples.files]
@@ -323,7 +329,7 @@ def _fingerprint(splits: Splits) -> dict[str, str]:
         told += [(name, head.class_names, head.labels.tolist()) for name, head in samples.heads.items()]
         return hashlib.sha256(repr(tuple(told)).encode()).hexdigest()
 
-    return {"train": digest(splits.train), "val": digest(splits.val)}
+    return {"train": digest(splits.train), SELECT_ON[config.select_on]: digest(selected_on(splits, config))}
 
 
 def _last_checkpoint(resume: str) -> dict[str, Any]:
@@ -336,10 +342,10 @@ def _last_checkpoint(resume: str) -> dict[str, Any]:
     return load_checkpoint(run_dir.last)
 
 
-def _require_same_data(checkpoint: dict[str, Any], splits: Splits, resume: str) -> None:
+def _require_same_data(checkpoint: dict[str, Any], config: Config, splits: Splits, resume: str) -> None:
     if "history" not in checkpoint:
         raise UserError(f"--resume {resume}: holds weights only; name the run directory, or use --pretrained-path")
-    if checkpoint["data"] != _fingerprint(splits):
+    if checkpoint["data"] != _fingerprint(splits, config):
         raise UserError(
             f"--resume {resume}: the images or labels are not those that the run began with; "
             f"put them back, or start a new run with --pretrained-path {resume}"
@@ -352,28 +358,33 @@ def _final_score(
     splits: Splits,
     heads: Heads | None,
     model: nn.Module,
-    val_loader: Loader,
+    chosen_on: Loader,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, Any]:
     """The best epoch's weights on the test split, or on the validation split where there is no test.
 
-    Writes predictions.csv, and adds to best.pt the temperature that the validation split gives.
+    Writes predictions.csv, and adds to best.pt the temperature that the validation split gives. Nothing is fitted on
+    the test split, even where the epoch was chosen on it.
     """
     best = load_checkpoint(run_dir.best)
     model.load_state_dict(best["model"])
 
-    def scored_images(loader: Loader) -> Scored:
+    def scored_images(samples: Samples | None) -> Scored | None:
+        if samples is None:
+            return None
+        is_at_hand = samples is chosen_on.data
+        loader = chosen_on if is_at_hand else make_eval_loader(samples, config, device, precision)
         return score_images(model, loader, splits.train.class_names, precision, heads=heads)
 
-    validation = scored_images(val_loader)
-    temperature = fit_temperature(validation.logits, validation.labels)
-    of_heads = {name: fit_temperature(own.logits, own.labels) for name, own in validation.heads.items()}
+    validation, test = scored_images(splits.val), scored_images(splits.test)
+    temperature, of_heads = None, {}
+    if validation is not None:
+        temperature = fit_temperature(validation.logits, validation.labels)
+        of_heads = {name: fit_temperature(own.logits, own.labels) for name, own in validation.heads.items()}
     save_checkpoint(run_dir.best, {**best, "temperature": temperature, "head_temperatures": of_heads})
-    split, scored = "validation", validation
-    if splits.test is not None:
-        test_loader = make_eval_loader(splits.test, config, device, precision)
-        split, scored = "test", scored_images(test_loader)
+    split, scored = ("test", test) if test is not None else ("validation", validation)
+    assert scored is not None, "the epoch was chosen on one of the two"
     folder = data_folder(config.data_dir, config.test_csv or config.csv)
     run_dir.write_predictions(scored.predictions(folder))
     for head, of_head in scored.heads.items():
@@ -386,16 +397,18 @@ def _final_score(
         sensitivities=config.sensitivity,
         head_temperatures=of_heads,
     )
-    return {"split": split, "epoch": best["epoch"], **metrics}
+    return {"split": split, "epoch": best["epoch"], "selected_on": config.select_on, **metrics}
 
 
 def _epoch_line(row: Row, config: Config, improved: bool) -> str:
-    """The star marks the best epoch so far; a metric that the validation images leave undefined is not shown."""
-    names = [name for name in dict.fromkeys(("loss", "macro_f1", config.eval_metric)) if row[f"val_{name}"] is not None]
-    metrics = "  ".join(f"{name} {row[f'val_{name}']:.4f}" for name in names)
+    """The star marks the best epoch so far; a metric that the images leave undefined is not shown."""
+    prefix = SELECT_ON[config.select_on]
+    names = dict.fromkeys(("loss", "macro_f1", config.eval_metric))
+    figures = {name: row[f"{prefix}_{name}"] for name in names}
+    metrics = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None)
     return (
         f"epoch {row['epoch']:>{len(str(config.epochs))}}/{config.epochs}  loss {row['train_loss']:.4f}  "
-        f"val {metrics} {'*' if improved else ' '}  "
+        f"{prefix} {metrics} {'*' if improved else ' '}  "
         f"{row['images_per_second']:.0f} img/s, data wait {row['data_wait']:.0%}"
     )
 

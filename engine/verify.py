@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine.class_picture import save_class_counts
 from engine.cli import ArgumentParser, run
+from engine.data.array_sources import holds_arrays
 from engine.data.check import ARRAY, BadFile, find_links_out, find_odd_folders, probe_samples
 from engine.data.leakage import Leakage, Picture, find_copies, find_identical, find_leakage, find_shared_bytes
 from engine.data.listing import (
@@ -31,9 +32,8 @@ from engine.data.listing import (
     write_all,
 )
 from engine.data.probe import Probe
-from engine.data.splits import holds_arrays
 from engine.errors import UserError
-from engine.image_flags import add_image_flags
+from engine.image_flags import add_image_flags, make_selection
 from engine.tables import SHOWN, count_classes, describe_leaks, format_counts, format_leaks, format_table
 
 BAD_FILES, SUMMARY, PICTURE = "bad_files.csv", "summary.json", "classes.png"
@@ -132,16 +132,19 @@ def _open(args: argparse.Namespace) -> dict[str, Listing]:
     if sources[0].is_dir():
         if len(sources) > 1:
             raise UserError(f"{sources[0]} is a folder: name it alone, or manifests")
-        return read_parts(sources[0], allow_links=True)  # those that lead out are named below
+        # links that lead out are named below
+        return read_parts(sources[0], allow_links=True, selection=make_selection(args))
     base = Path(args.data_dir) if args.data_dir else None
     if len(sources) == 1:
-        parts = read_manifest_parts(sources[0], base)
+        parts = read_manifest_parts(sources[0], base, selection=make_selection(args))
         return parts if len(parts) > 1 else {"all": parts["train"]}
     names = [source.stem for source in sources]
     if len(set(names)) < len(names):
         names = [str(source) for source in sources]
-    first = read_listing(sources[0], base)
-    others = [read_listing(source, base, first.samples.class_names) for source in sources[1:]]
+    first = read_listing(sources[0], base, selection=make_selection(args))
+    others = [
+        read_listing(source, base, first.samples.class_names, selection=make_selection(args)) for source in sources[1:]
+    ]
     return dict(zip(names, [first, *others], strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,17 @@ def write_cifar10(root: Path, per_batch: int = 4, protocol: int = 2) -> Path:
     return folder
 
 
-def write_cifar100(root: Path, train: int = 12, test: int = 4) -> Path:
-    """``root/cifar-100-python`` of four fine and two coarse classes."""
+def write_cifar100(
+    root: Path, train: int = 12, test: int = 4, fine: Sequence[str] = ("ant", "bee", "cod", "eel")
+) -> Path:
+    """``root/cifar-100-python`` of fine classes that are taken in turn, and two coarse ones."""
     folder = root / "cifar-100-python"
     for name, n in (("train", train), ("test", test)):
-        fine = [i % 4 for i in range(n)]
-        content = batch(images(n, len(name)), fine_labels=fine, coarse_labels=[label // 2 for label in fine])
+        labels = [i % len(fine) for i in range(n)]
+        coarse = [2 * label // len(fine) for label in labels]
+        content = batch(images(n, len(name)), fine_labels=labels, coarse_labels=coarse)
         write_pickle(folder / name, content)
-    names = {"fine_label_names": ["ant", "bee", "cod", "eel"], "coarse_label_names": ["insect", "fish"]}
+    names = {"fine_label_names": list(fine), "coarse_label_names": ["insect", "fish"]}
     write_pickle(folder / "meta", names)
     return folder
 

@@ -25,6 +25,12 @@ def picture(height: int, width: int, seed: int = 0, noise: float = 12.0) -> np.n
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
+def squares(seed: int) -> np.ndarray:
+    """(32, 36, 3) uint8: 8 x 9 grey squares; no two seeds are near-duplicates."""
+    grey = np.random.default_rng(seed).integers(0, 256, (8, 9, 1), dtype=np.uint8)
+    return grey.repeat(4, axis=0).repeat(4, axis=1).repeat(3, axis=2)
+
+
 def save(path: Path, image: np.ndarray, **options: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **options)

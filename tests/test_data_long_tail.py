@@ -101,3 +101,11 @@ def test_of_a_manifest_rows_keep_their_groups(tmp_path):
 def test_a_ratio_that_is_none_is_named(ratio):
     with pytest.raises(UserError, match=r"--imbalance-ratio .* does not work: it must be above 0 and at most 1"):
         parse_args(["--imbalance-ratio", ratio])
+
+
+def test_a_test_set_that_is_taken_from_train_keeps_its_proportions(tmp_path):
+    make_folder(tmp_path, {"a": 20, "b": 20})
+    flags = ["--test-fraction", "0.5", "--val-fraction", "0.2", "--imbalance-ratio", "0.5"]
+    splits = open_data(parse_args(["--data-dir", str(tmp_path), *flags])[0])
+    assert splits.test.class_counts().tolist() == [10, 10]
+    assert (splits.train.class_counts() + splits.val.class_counts()).tolist() == [10, 5]

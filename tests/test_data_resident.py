@@ -48,7 +48,7 @@ def expected(loader: Loader, epoch: int, batch: int) -> torch.Tensor:
     for i, index in enumerate(planned.indices):
         image = torch.from_numpy(decode_image(loader.data.files[index]).copy()).permute(2, 0, 1)
         box = None if planned.boxes is None else planned.boxes[i]
-        images.append(prepare(image, loader.img_size, box, planned.drawn, i, mean=loader.mean, std=loader.std))
+        images.append(prepare(image, planned.img_size, box, planned.drawn, i, mean=loader.mean, std=loader.std))
     return torch.stack(images)
 
 

@@ -126,7 +126,7 @@ def test_integer_class_names_sort_as_numbers():
         (lambda d: d.write_text(""), "is not a folder"),
         (lambda d: d.mkdir(), "is empty"),
         (lambda d: save_picture(d / "x.png"), "holds images but no class folders"),
-        (lambda d: make_folder(d, {"a": 1}), "one class folder only (a)"),
+        (lambda d: make_folder(d, {"a": 1}), "one class only (a)"),
         (lambda d: (make_folder(d, {"a": 1, "b": 1}), (d / "void").mkdir()), "data/void holds no image"),
         (lambda d: make_folder(d / "test", {"a": 1, "b": 1}), "has test/ but no train/"),
         (lambda d: (d / "train").mkdir(parents=True), "data/train is empty"),

@@ -152,6 +152,12 @@ def test_effective_weights_are_the_papers():
     assert np.array_equal(class_weights(config, COUNTS.astype(float)), np.ones(K))
 
 
+def test_root_weights_are_one_over_the_root_and_together_the_number_of_classes():
+    weights = class_weights(Config(class_weights="sqrt"), COUNTS.astype(float))
+    expected = 1 / np.sqrt(COUNTS)
+    assert np.allclose(weights, K * expected / expected.sum(), rtol=1e-14)
+
+
 def test_deferred_weights_count_from_their_epoch_on():
     logits, labels, _ = batch()
     options = {"class_weights": "balanced", "drw_epoch": 5, "smoothing": 0.0}
@@ -208,10 +214,12 @@ def test_cosine_classifier_scales_cosines_by_30():
         ({"class_weights": "balanced", "sampling": "none"}, None),
         ({"loss": "logit-adjustment", "sampling": "none"}, None),
         ({"class_weights": (1.0, 3.0)}, None),
+        ({"class_weights": "sqrt"}, "--class-weights sqrt"),
+        ({"class_weights": "sqrt", "sampling": "sqrt"}, None),
         ({}, None),
     ),
 )
 def test_a_sampler_and_a_loss_that_make_up_for_the_same_are_told(options, flag):
-    line = twice_corrected(Config(**options))
+    line = twice_corrected(Config(**options), np.array([90, 0, 30]))
     assert (line is None) == (flag is None)
     assert line is None or f"--sampling {Config(**options).sampling} and {flag} both" in line

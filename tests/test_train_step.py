@@ -257,7 +257,8 @@ def test_a_metric_that_validation_leaves_undefined_is_never_the_best_and_keeps_i
 
     undefined, defined = row([0, 0]), row([0, 1])
     assert undefined.keys() == defined.keys()
-    assert _is_better(defined, undefined, "auroc_macro_ovr")
-    assert not _is_better(undefined, defined, "auroc_macro_ovr")
-    assert "auroc_macro_ovr" in _epoch_line(defined, Config(eval_metric="auroc_macro_ovr"), True)
-    assert "auroc_macro_ovr" not in _epoch_line(undefined, Config(eval_metric="auroc_macro_ovr"), True)
+    config = Config(eval_metric="auroc_macro_ovr")
+    assert _is_better(defined, undefined, config)
+    assert not _is_better(undefined, defined, config)
+    assert "auroc_macro_ovr" in _epoch_line(defined, config, True)
+    assert "auroc_macro_ovr" not in _epoch_line(undefined, config, True)

@@ -10,8 +10,8 @@ import pytest
 
 from engine import split, verify
 from engine.cli import run
+from engine.data.array_sources import read_arrays
 from engine.data.leakage import hash_pictures
-from engine.data.splits import read_arrays
 from tests.array_files import images, pack, write_cifar10, write_cifar100, write_npz
 from tests.data_helpers import picture, save
 

@@ -131,11 +131,10 @@ def drop_bad(splits: Splits, *, workers: int, max_bad_fraction: float = 0.01) ->
         UserError: more than ``max_bad_fraction`` of all the files are bad, or a class would lose the last file that it
             has in one of the splits.
     """
-    parts = {"train": splits.train, "val": splits.val}
-    if splits.test is not None:
-        parts["test"] = splits.test
-    kept, bad = drop_bad_samples(parts, workers=workers, max_bad_fraction=max_bad_fraction)
-    return Splits(kept["train"], kept["val"], kept.get("test"), splits.description), bad
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    given = {name: part for name, part in parts.items() if part is not None}
+    kept, bad = drop_bad_samples(given, workers=workers, max_bad_fraction=max_bad_fraction)
+    return dataclasses.replace(splits, train=kept["train"], val=kept.get("val"), test=kept.get("test")), bad
 
 
 def drop_bad_samples(

@@ -54,6 +54,7 @@ class DaliLoader(Loader):
         self._feed = _Feed()
         self._unreadable: dict[int, list[Failure]] = {}
         self._pipeline: Pipeline | None = None
+        self._built_for = 0
         self._run = 0
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -62,7 +63,7 @@ class DaliLoader(Loader):
         return self._batches(self._begin(epoch, order, start), epoch, order, start, self._run)
 
     def _begin(self, epoch: int, order: np.ndarray, start: int) -> Pipeline:
-        pipeline = self._idle_pipeline()
+        pipeline = self._idle_pipeline(self.img_size(epoch))
         self._unreadable = {}
         self._feed.batches = self._batch_inputs(epoch, order, start)
         pipeline.schedule_run()
@@ -117,7 +118,7 @@ class DaliLoader(Loader):
         images, failures = self._images.finish(planned.indices, begun)
         if failures:
             self._unreadable[batch] = failures
-        values = dali_steps.values(planned, self.img_size)
+        values = dali_steps.values(planned)
         return *images, self.targets[planned.indices], *(values[name] for name in self._inputs())
 
     def _inputs(self) -> dict[str, tuple[str, int]]:
@@ -127,10 +128,14 @@ class DaliLoader(Loader):
             return boxes
         return boxes | dali_steps.DRAWN_INPUTS | (dali_steps.TONE_INPUTS if self.augmentation.tones else {})
 
-    def _idle_pipeline(self) -> Pipeline:
-        """The pipeline with nothing in flight. What an abandoned epoch has left in it is run and thrown away."""
-        if self._pipeline is None:
-            self._pipeline = self._build()
+    def _idle_pipeline(self, img_size: int) -> Pipeline:
+        """The pipeline for this size with nothing in flight.
+
+        What an abandoned epoch has left in it is run and thrown away. Where the size is another one it is built anew,
+        since DALI's constants hold it.
+        """
+        if self._pipeline is None or self._built_for != img_size:
+            self._pipeline, self._built_for = self._build(img_size), img_size
             return self._pipeline
         self._feed.batches = iter(())
         try:
@@ -139,7 +144,7 @@ class DaliLoader(Loader):
                 self._pipeline.outputs()
             self._pipeline.reset()
         except RuntimeError:
-            self._pipeline = self._build()
+            self._pipeline = self._build(img_size)
         return self._pipeline
 
     def _stream(self) -> torch.cuda.Stream | None:
@@ -157,7 +162,7 @@ class DaliLoader(Loader):
                 found.append(Failure(int(index), reason))
         return found
 
-    def _build(self) -> Pipeline:
+    def _build(self, img_size: int) -> Pipeline:
         dali, fn, types = import_dali()
         on_gpu = self.device.type == "cuda"
         dtype = types.FLOAT if self.dtype == torch.float32 else types.FLOAT16
@@ -201,7 +206,7 @@ class DaliLoader(Loader):
                 dali,
                 image,
                 named,
-                img_size=self.img_size,
+                img_size=img_size,
                 mean=self.mean,
                 std=self.std,
                 dtype=dtype,

@@ -41,9 +41,10 @@ SMOOTHING = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
 """torchvision's, for the sharpness."""
 
 
-def values(planned: Planned, img_size: int) -> dict[str, np.ndarray]:
+def values(planned: Planned) -> dict[str, np.ndarray]:
     """What the inputs hold for a batch; those of them that it has."""
     given: dict[str, np.ndarray] = {}
+    img_size = planned.img_size
     if planned.boxes is not None:
         given |= {"start": planned.boxes[:, :2], "shape": planned.boxes[:, 2:]}
     drawn = planned.drawn

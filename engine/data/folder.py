@@ -16,45 +16,59 @@ import numpy as np
 from engine.data.decode import BadImage, read_header
 from engine.data.dicom import is_dicom
 from engine.data.samples import Samples, shorten, sort_class_names
+from engine.data.selection import Selection, first_groups
 from engine.errors import UserError
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
     *(".dcm", ".dicom"),
 )
+_KNOWN = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
 VAL_NAMES = ("val", "valid", "validation")
 
 
-def read_splits_folder(root: Path, *, allow_links: bool = False) -> tuple[Samples, Samples | None, Samples | None]:
+def read_splits_folder(
+    root: Path, *, allow_links: bool = False, selection: Selection | None = None
+) -> tuple[Samples, Samples | None, Samples | None]:
     """Train, validation and test of a folder, the last two where it has them.
 
     ``root/train/CLASS/*`` with optional ``root/val/CLASS/*`` and ``root/test/CLASS/*``; or ``root/CLASS/*``, all train.
+    Of that what ``selection`` says counts; folders of other classes are not looked at, whatever they hold.
 
     Raises UserError: a class is empty or unknown, or a link leads out of ``root`` and ``allow_links`` is not set.
     """
     require_folder(root)
-    within = None if allow_links else root
+    reader = _Reader(root, allow_links, selection or Selection())
     if not (root / "train").is_dir():
         folders = [folder.name for folder in _visible_folders(root)]
         if folders and set(folders) <= {*VAL_NAMES, "test"}:
             raise UserError(f"{root} has {'/ and '.join(folders)}/ but no train/: add {root / 'train'}/CLASS/*")
-        return _read_train(root, within), None, None
+        return reader.train(root), None, None
 
-    train = _read_train(root / "train", within)
+    train = reader.train(root / "train")
     val_folders = [root / name for name in VAL_NAMES if (root / name).is_dir()]
     if len(val_folders) > 1:
         raise UserError(f"{root} has both {val_folders[0].name}/ and {val_folders[1].name}/: keep one of them")
-    val = read_known_classes(val_folders[0], train.class_names, within) if val_folders else None
-    test = read_known_classes(root / "test", train.class_names, within) if (root / "test").is_dir() else None
+    val = reader.known_classes(val_folders[0], train.class_names) if val_folders else None
+    test = reader.known_classes(root / "test", train.class_names) if (root / "test").is_dir() else None
     return train, val, test
 
 
-def read_known_classes(folder: Path, class_names: tuple[str, ...], within: Path | None = None) -> Samples:
-    """``folder/CLASS/*`` labelled by ``class_names``.
+def read_test_folder(
+    root: Path, class_names: tuple[str, ...], *, allow_links: bool = False, selection: Selection | None = None
+) -> Samples:
+    """``root/test/CLASS/*`` where there is such a folder, else ``root/CLASS/*``, labelled by ``class_names``.
 
-    Raises UserError at a class that is not one of them, and at a link that leads out of the folder ``within``.
+    Raises UserError as ``read_splits_folder``, and at a class that is not one of the names.
     """
-    return _label(folder, _files_by_class(folder, within), class_names)
+    require_folder(root)
+    reader = _Reader(root, allow_links, selection or Selection())
+    test = root / "test"
+    if "test" not in class_names and test.is_dir() and (reader.selection.label_regex or _visible_folders(test)):
+        return reader.known_classes(test, class_names)
+    if (root / "train").is_dir() and "train" not in class_names:
+        raise UserError(f"{root} has train/ but no test/: name the folder whose class folders are to be scored")
+    return reader.known_classes(root, class_names)
 
 
 def require_folder(root: Path) -> None:
@@ -64,29 +78,68 @@ def require_folder(root: Path) -> None:
         raise UserError(f"--data-dir {root} is not a folder; for a manifest use --csv")
 
 
-def _read_train(folder: Path, within: Path | None) -> Samples:
-    files = _files_by_class(folder, within)
-    names = sort_class_names(files)
-    if len(names) < 2:
-        raise UserError(f"{folder} has one class folder only ({names[0]}): classification needs at least two")
-    return _label(folder, files, names)
+class _Reader:
+    """Reads the class folders of one source."""
 
+    def __init__(self, root: Path, allow_links: bool, selection: Selection) -> None:
+        self.root = root
+        self.real_root = None if allow_links else os.path.realpath(root)
+        self.selection = selection
 
-def _files_by_class(folder: Path, within: Path | None) -> dict[str, list[str]]:
-    root = None if within is None else os.path.realpath(within)
-    _require_within(str(folder), root)
-    files = {class_folder.name: _images_within(class_folder, root) for class_folder in _visible_folders(folder)}
-    if not files:
-        if any(_is_image(str(path)) for path in folder.iterdir()):
-            raise UserError(f"{folder} holds images but no class folders: put each in {folder}/CLASS/, or use --csv")
-        raise UserError(f"{folder} is empty: it needs one folder of images for each class")
-    for name, images in files.items():
-        if any("\udc80" <= letter <= "\udcff" for letter in name):
-            raise UserError(f"class folder {str(folder / name)!a}: its name is no text in UTF-8: rename it")
+    def train(self, folder: Path) -> Samples:
+        files = self._files_by_class(folder)
+        names = sort_class_names(files)
+        if len(names) < 2:
+            raise UserError(f"{folder} has one class only ({names[0]}): classification needs at least two")
+        return _label(folder, files, names)
+
+    def known_classes(self, folder: Path, class_names: tuple[str, ...]) -> Samples:
+        files = self._files_by_class(folder, partly=True)
+        if not files:
+            raise UserError(f"{folder} has no image of {shorten(self.selection.classes)}: remove it, or fill it")
+        return _label(folder, files, class_names)
+
+    def _files_by_class(self, folder: Path, *, partly: bool = False) -> dict[str, list[str]]:
+        """Of each class that counts its images; ``partly``: of those that there are."""
+        _require_within(str(folder), self.real_root)
+        if self.selection.label_regex is not None:
+            files = self._files_by_name(folder, self.selection.label_regex)
+            return self.selection.of_known(files, folder, partly=partly)
+        folders = {class_folder.name: class_folder for class_folder in _visible_folders(folder)}
+        if not folders:
+            if any(_is_image(str(path)) for path in folder.iterdir()):
+                raise UserError(
+                    f"{folder} holds images but no class folders: put each in {folder}/CLASS/, or use --csv"
+                )
+            raise UserError(f"{folder} is empty: it needs one folder of images for each class")
+        counting = self.selection.of_known(folders, folder, partly=partly)
+        files = {name: self._images_within(class_folder) for name, class_folder in counting.items()}
+        for name, images in files.items():
+            if any("\udc80" <= letter <= "\udcff" for letter in name):
+                raise UserError(f"class folder {str(folder / name)!a}: its name is no text in UTF-8: rename it")
+            if not images:
+                what = "but what --exclude leaves out" if self.selection.exclude else f"({_KNOWN})"
+                raise UserError(f"class folder {folder / name} holds no image {what}: fill it or remove it")
+        return files
+
+    def _files_by_name(self, folder: Path, label_regex: str) -> dict[str, list[str]]:
+        images = self._images_within(folder)
         if not images:
-            known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-            raise UserError(f"class folder {folder / name} holds no image ({known}): fill it or remove it")
-    return files
+            raise UserError(f"{folder} holds no image ({_KNOWN}): name another folder")
+        top = f"{self.root.absolute()}{os.sep}"
+        names = [image.removeprefix(top).replace(os.sep, "/") for image in images]
+        files: dict[str, list[str]] = {}
+        for image, label in zip(images, first_groups(label_regex, names, "--label-regex"), strict=True):
+            files.setdefault(label, []).append(image)
+        return files
+
+    def _images_within(self, folder: Path) -> list[str]:
+        """Raises UserError at a link that leads out of the source."""
+        _require_within(str(folder), self.real_root)
+        images, links_out = images_below(folder, self.real_root)
+        for link in links_out:
+            _require_within(link, self.real_root)
+        return self.selection.kept(images)
 
 
 def _label(folder: Path, files: Mapping[str, list[str]], class_names: tuple[str, ...]) -> Samples:
@@ -97,15 +150,6 @@ def _label(folder: Path, files: Mapping[str, list[str]], class_names: tuple[str,
     ordered = sorted(files, key=index.__getitem__)
     labels = np.repeat([index[name] for name in ordered], [len(files[name]) for name in ordered])
     return Samples(tuple(file for name in ordered for file in files[name]), labels.astype(np.int64), class_names)
-
-
-def _images_within(folder: Path, root: str | None) -> list[str]:
-    """Raises UserError at a link that leads out of ``root``."""
-    _require_within(str(folder), root)
-    images, links_out = images_below(folder, root)
-    for link in links_out:
-        _require_within(link, root)
-    return images
 
 
 def images_below(folder: Path, root: str | None) -> tuple[list[str], list[str]]:

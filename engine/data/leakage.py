@@ -161,6 +161,26 @@ def find_near_duplicates(hashes: np.ndarray, part: np.ndarray, distance: int) ->
     return leaks
 
 
+def find_near_sets(hashes: np.ndarray, distance: int) -> list[tuple[int, ...]]:
+    """Sets of pictures, as indices, that together tie every one to all that are at most ``distance`` bits away.
+
+    Args:
+        hashes: (n, 64) from ``hash_pictures``.
+    """
+    readable = np.flatnonzero(hashes.any(axis=1))
+    members = list(_indices_by(hashes[i].tobytes() for i in readable).values())
+    sets = [tuple(readable[own].tolist()) for own in members]
+    first = np.array([own[0] for own in sets], dtype=np.int64)
+    signs = hashes[first].astype(np.float32)
+    pairs = []
+    for top in range(0, len(first), _BLOCK_ROWS):
+        for left in range(top, len(first), _BLOCK_COLUMNS):
+            agreement = signs[top : top + _BLOCK_ROWS] @ signs[left : left + _BLOCK_COLUMNS].T
+            rows, columns = np.nonzero(agreement >= HASH_BITS - 2 * distance)
+            pairs += [(int(first[i]), int(first[j])) for i, j in zip(rows + top, columns + left, strict=True) if i < j]
+    return [own for own in sets if len(own) > 1] + pairs
+
+
 def _nearest(signs: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     best = np.full(len(rows), -np.inf, dtype=np.float32)
     nearest = np.zeros(len(rows), dtype=np.int64)

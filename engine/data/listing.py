@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.data.array_sources import holds_arrays, read_arrays
 from engine.data.folder import read_splits_folder
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, shorten
-from engine.data.splits import holds_arrays, read_arrays
+from engine.data.selection import Selection, first_groups, require_all
 from engine.data.splitting import PARTS
 from engine.data.table import REQUIRED, read_rows
 from engine.errors import UserError
@@ -52,10 +52,12 @@ def read_listing(
     class_names: tuple[str, ...] | None = None,
     *,
     allow_links: bool = False,
+    selection: Selection | None = None,
 ) -> Listing:
     """``source/CLASS/*``, or a manifest whose relative names start from ``base`` (by default its own folder).
 
-    A manifest's own split is passed over, unless ``class_names`` are given: then it is test.
+    A manifest's own split is passed over, unless ``class_names`` are given: then it is test. ``selection`` says what of
+    the source counts.
 
     Raises:
         UserError: as ``read_splits_folder`` and ``read_manifest``; a folder that is split already, or arrays.
@@ -66,30 +68,37 @@ def read_listing(
             "which holds out --val-fraction of each class for validation where there is no such set"
         )
     if source.is_dir():
-        parts = read_parts(source, allow_links=allow_links)
+        parts = read_parts(source, allow_links=allow_links, selection=selection)
         if "all" not in parts:
             raise UserError(f"{source} is split already: it has train/; name the folder that holds the class folders")
         return parts["all"]
     if class_names is None:
-        return join_listings(list(read_manifest_parts(source, base).values()))
-    return _of_manifest(read_manifest(source, base, class_names), source, base)
+        return join_listings(list(read_manifest_parts(source, base, selection=selection).values()))
+    samples = read_manifest(source, base, class_names)
+    return _of_manifest(selection.of_samples(samples, source) if selection else samples, source, base)
 
 
-def read_manifest_parts(path: Path, base: Path | None = None) -> dict[str, Listing]:
+def read_manifest_parts(
+    path: Path, base: Path | None = None, *, selection: Selection | None = None
+) -> dict[str, Listing]:
     """Train, val and test by a manifest's column ``split``; without one, all as train."""
-    parts = zip(PARTS, read_manifest_splits(path, base), strict=True)
+    found = (
+        selection.of_samples(part, path) if part is not None and selection is not None else part
+        for part in read_manifest_splits(path, base)
+    )
+    parts = zip(PARTS, found, strict=True)
     return {name: _of_manifest(part, path, base) for name, part in parts if part is not None}
 
 
-def read_parts(folder: Path, *, allow_links: bool = False) -> dict[str, Listing]:
+def read_parts(folder: Path, *, allow_links: bool = False, selection: Selection | None = None) -> dict[str, Listing]:
     """``folder/train/CLASS/*``, val and test where there are any, by these names; or ``folder/CLASS/*`` as "all"."""
     try:
-        found = read_splits_folder(folder, allow_links=allow_links)
+        found = read_splits_folder(folder, allow_links=allow_links, selection=selection)
         names = PARTS if (folder / "train").is_dir() else ("all",)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     parts = zip(names, found, strict=False)
-    return {name: Listing(part, _relative(part, folder), {}) for name, part in parts if part is not None}
+    return {name: Listing(part, relative_names(part, folder), {}) for name, part in parts if part is not None}
 
 
 def read_array_parts(source: Path) -> dict[str, Listing]:
@@ -120,23 +129,9 @@ def read_groups(listing: Listing, source: str, column: str | None, pattern: str 
             known = shorten(listing.columns) or "no further column"
             raise UserError(f"--group-column {column}: {source} has {known}; for names use --group-regex")
         groups = list(listing.columns[column])
-        what = f"--group-column {column}: empty"
-    elif pattern is not None:
-        try:
-            compiled = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"--group-regex {pattern!r} is not a regular expression: {error}") from error
-        if compiled.groups < 1:
-            raise UserError(rf"--group-regex {pattern!r} has no group in parentheses, such as 'patient(\d+)_'")
-        matches = [compiled.search(name) for name in listing.names]
-        groups = [(match[1] or "") if match else "" for match in matches]
-        what = f"--group-regex {pattern!r}: no match"
-    else:
-        return None
-    ungrouped = [name for name, group in zip(listing.names, groups, strict=True) if not group]
-    if ungrouped:
-        raise UserError(f"{what} for {len(ungrouped)} of {len(groups)} files: {shorten(ungrouped, limit=3)}")
-    return groups
+        require_all(groups, listing.names, f"--group-column {column}: empty")
+        return groups
+    return first_groups(pattern, listing.names, "--group-regex") if pattern is not None else None
 
 
 def format_manifest(listing: Listing, folder: Path) -> str:
@@ -194,14 +189,15 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _relative(samples: Samples, folder: Path) -> tuple[str, ...]:
+def relative_names(samples: Samples, folder: Path) -> tuple[str, ...]:
+    """Each file's name relative to the folder where it lies below it, with "/"; an array's as it is."""
     top = f"{folder.absolute()}{os.sep}"
     return tuple(file.removeprefix(top).replace(os.sep, "/") for file in samples.files)
 
 
 def _of_manifest(samples: Samples, path: Path, base: Path | None) -> Listing:
     folder = base if base is not None else path.parent
-    return Listing(samples, _relative(samples, folder), _further_columns(path, folder, samples))
+    return Listing(samples, relative_names(samples, folder), _further_columns(path, folder, samples))
 
 
 def _further_columns(path: Path, folder: Path, samples: Samples) -> dict[str, tuple[str, ...]]:

@@ -31,15 +31,16 @@ class Planned(NamedTuple):
     indices: np.ndarray  # (B,) int64, into the samples; fewer where evaluation has lost an image
     boxes: np.ndarray | None  # (B, 4) int32, the part of each image that is shown; None: all of each
     drawn: Drawn | None
+    img_size: int
 
 
 class Loader(ABC):
     """Batches of images and labels, epoch by epoch.
 
-    Images are (B, 3, img_size, img_size) of ``dtype`` in ``torch.channels_last`` strides, normalised by ``mean`` and
-    ``std`` (of RGB in [0, 1]); labels are (B,) int64, and with ``by_index`` the images' indices into ``samples`` are in
-    their place. Both stand on ``device``; a batch stays valid for as long as it is held. On a GPU they are ready on the
-    stream that was current when they were asked for.
+    Images are (B, 3, S, S) of ``dtype`` in ``torch.channels_last`` strides, normalised by ``mean`` and ``std`` (of RGB
+    in [0, 1]); labels are (B,) int64, and with ``by_index`` the images' indices into ``samples`` are in their place.
+    Both stand on ``device``; a batch stays valid for as long as it is held. On a GPU they are ready on the stream that
+    was current when they were asked for.
 
     Training draws an epoch from ``sampler``, augments and drops the last batch if it is partial and not the only one.
     Evaluation gives every image once, in order.
@@ -50,6 +51,7 @@ class Loader(ABC):
 
     Args:
         samples: the images, at least one.
+        img_size: S, in pixels; or one for each epoch, of which the last holds for all that follow.
         device: a CPU or CUDA device.
         dtype: ``torch.float32`` or ``torch.float16``.
         training: see above. ``sampler``, ``augmentation`` and ``seed`` concern training alone.
@@ -71,7 +73,7 @@ class Loader(ABC):
         samples: Samples,
         *,
         batch_size: int,
-        img_size: int,
+        img_size: int | Sequence[int],
         device: torch.device,
         dtype: torch.dtype,
         training: bool,
@@ -89,12 +91,12 @@ class Loader(ABC):
             raise ValueError(f"dtype must be torch.float32 or torch.float16, not {dtype}")
         if len(samples) == 0:
             raise ValueError("samples hold no image")
-        if batch_size < 1 or img_size < 1 or workers < 1:
+        self.img_sizes = (img_size,) if isinstance(img_size, int) else tuple(img_size)
+        if batch_size < 1 or min(self.img_sizes, default=0) < 1 or workers < 1:
             raise ValueError(f"batch_size {batch_size}, img_size {img_size} and workers {workers} must be at least 1")
         self.data = samples
         self.targets = np.arange(len(samples)) if by_index else samples.labels
         self.batch_size = batch_size
-        self.img_size = img_size
         self.device = device
         self.dtype = dtype
         self.training = training
@@ -124,6 +126,10 @@ class Loader(ABC):
         """Whether parts of images are shown, for which their sizes have to be known."""
         return self.crop_pct is not None or (self.augmentation is not None and self.augmentation.crops)
 
+    def img_size(self, epoch: int) -> int:
+        """Height and width of the epoch's images, in pixels."""
+        return self.img_sizes[min(epoch, len(self.img_sizes) - 1)]
+
     def _image_sizes(self) -> np.ndarray:
         """(n, 2) int32 heights and widths."""
         return image_sizes(self.data, workers=self.workers)
@@ -141,21 +147,21 @@ class Loader(ABC):
 
     def planned(self, order: np.ndarray, epoch: int, batch: int) -> Planned:
         """Batch number ``batch`` of the epoch whose ``order`` is given."""
-        first = batch * self.batch_size
+        first, img_size = batch * self.batch_size, self.img_size(epoch)
         indices = self.indices(order, batch)
         sizes = None if self._sizes is None else self._sizes[indices]
         if self.augmentation is None:
             boxes = None if sizes is None or self.crop_pct is None else centre_boxes(sizes, self.crop_pct)
-            return Planned(indices, boxes, None)
+            return Planned(indices, boxes, None, img_size)
         drawn = self.augmentation.draw(
             self.seed,
             epoch,
             first + np.arange(len(indices)),
-            img_size=self.img_size,
+            img_size=img_size,
             sizes=sizes,
             rarity=self._rarity[indices],
         )
-        return Planned(indices, drawn.boxes, drawn)
+        return Planned(indices, drawn.boxes, drawn, img_size)
 
     def lose(self, failures: Sequence[Failure]) -> None:
         """Leaves images out from now on. Raises UserError, naming the file, where that goes too far."""

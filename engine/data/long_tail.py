@@ -36,8 +36,8 @@ def long_tail_counts(counts: np.ndarray, ratio: float) -> np.ndarray:
 def make_long_tailed(samples: Samples, ratio: float, seed: int, *, order: Sequence[str] | None = None) -> Samples:
     """The part of ``samples`` that ``long_tail_counts`` leaves, in their order.
 
-    Which images those are follows from the names, the label and the seed. A smaller ratio keeps some of what a larger
-    one keeps.
+    Which images those are follows from the names, the label and the seed. Of balanced data a smaller ratio keeps some
+    of what a larger one keeps.
 
     Args:
         samples: the training images.

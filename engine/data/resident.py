@@ -96,7 +96,7 @@ class ResidentLoader(Loader):
                 self._begin(order, epoch, batch + AHEAD)
             if found is not None:
                 # work on a GPU belongs on the stream of whoever asks
-                yield self._prepare(found) if self.device.type == "cuda" else found
+                yield self._prepare(found, self.img_size(epoch)) if self.device.type == "cuda" else found
 
     def _begin(self, order: np.ndarray, epoch: int, batch: int) -> None:
         self._begun.append(self._thread.submit(self._ahead, order, epoch, batch))
@@ -106,7 +106,7 @@ class ResidentLoader(Loader):
         if len(planned.indices) == 0:
             return None
         numbers = self._numbers(planned)
-        return numbers if self.device.type == "cuda" else self._prepare(numbers)
+        return numbers if self.device.type == "cuda" else self._prepare(numbers, planned.img_size)
 
     def _numbers(self, planned: Planned) -> list[Tensor]:
         """Indices (B,) int64, labels (B,) int64 and edits (B, 36) float32 of a batch, on the host."""
@@ -120,7 +120,7 @@ class ResidentLoader(Loader):
         labels = np.asarray(self.targets[planned.indices], dtype=np.int64)
         return [torch.from_numpy(planned.indices), torch.from_numpy(labels), pack_edits(n, boxes=boxes, **changes)]
 
-    def _prepare(self, numbers: list[Tensor]) -> Batch:
+    def _prepare(self, numbers: list[Tensor], img_size: int) -> Batch:
         if self.device.type == "cuda":
             numbers = _copy_at_once(numbers, self.device)
         index, labels, edits = numbers
@@ -131,7 +131,7 @@ class ResidentLoader(Loader):
             held.sizes,
             index,
             edits,
-            img_size=self.img_size,
+            img_size=img_size,
             mean=self.mean,
             std=self.std,
             dtype=self.dtype,

@@ -77,7 +77,7 @@ class WeightedSampler:
         self._keys = self.labels.astype(np.min_scalar_type(num_classes))  # narrow integers are sorted in linear time
         self._by_class = np.argsort(self._keys, kind="stable")
         self._own_weights = _checked_weights(weights, len(self.labels)) if sampling == "column" else None
-        self._class_weights = _class_weights(self._counts, sampling, alpha, beta)
+        self._class_weights = sampling_weights(self._counts, sampling, alpha, beta)
         self._size = self._draws_of_an_epoch(epoch_size)
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class WeightedSampler:
         return rng.permutation(by_class[np.minimum(hits, last)])
 
 
-def _class_weights(counts: np.ndarray, sampling: str, alpha: float, beta: float) -> np.ndarray:
+def sampling_weights(counts: np.ndarray, sampling: str, alpha: float, beta: float) -> np.ndarray:
     """(num_classes,) float64; 0 for a class without images."""
     if not (alpha >= 0 and math.isfinite(alpha)):
         raise UserError(f"--sampling-alpha {alpha} does not work: it must be at least 0")

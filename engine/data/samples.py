@@ -97,12 +97,19 @@ def _take(pixels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Splits:
-    """The three sets of one experiment; ``description`` is one line for the log that says where they come from."""
+    """The three sets of one experiment.
+
+    Attributes:
+        val: None: nothing is held out for validation, and none was given.
+        description: one line for the log that says where they come from.
+        warnings: what may not have been meant, a line each.
+    """
 
     train: Samples
-    val: Samples
+    val: Samples | None
     test: Samples | None
     description: str
+    warnings: tuple[str, ...] = ()
 
 
 def label_indices(names: Sequence[str], class_names: Sequence[str], place: Sequence[str] | str) -> np.ndarray:

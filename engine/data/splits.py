@@ -7,21 +7,20 @@ is decoded here: ``engine.data.check`` does that.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from engine.data.arrays import read_npz, relabel
-from engine.data.cifar import find_cifar, read_cifar
-from engine.data.counter import Purpose, generator
+from engine.data.array_sources import read_arrays
+from engine.data.arrays import relabel
 from engine.data.digits import dealt_order, write_digits
-from engine.data.folder import read_known_classes, read_splits_folder, require_folder
+from engine.data.folder import read_splits_folder, read_test_folder, require_folder
+from engine.data.held_out import TEST_METHODS, find_given_duplicates, take_test, take_validation, tie_duplicates
+from engine.data.listing import relative_names
 from engine.data.long_tail import make_long_tailed
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
-from engine.data.splitting import split_groups
+from engine.data.selection import Selection, first_groups
 from engine.errors import UserError
 
 StrPath = str | os.PathLike[str]
@@ -33,9 +32,14 @@ def open_splits(
     csv: StrPath | None = None,
     val_csv: StrPath | None = None,
     test_csv: StrPath | None = None,
-    val_fraction: float = 0.15,
+    val_fraction: float | None = 0.15,
     seed: int = 0,
     allow_links: bool = False,
+    selection: Selection | None = None,
+    test_fraction: float = 0.0,
+    test_method: str = "stratified",
+    duplicates: str = "none",
+    workers: int = 4,
     imbalance_ratio: float | None = None,
 ) -> Splits:
     """The three sets; a test set is never touched for validation.
@@ -48,11 +52,20 @@ def open_splits(
         csv, val_csv, test_csv: manifests (``engine.data.manifest``), CSV or Parquet. ``csv`` is that of train, or with
             a column ``split`` that of all three.
         val_fraction: the part of train, class by class, that becomes the validation set where none is given: at least
-            one image of every class that has two, never the whole of a class. Where a manifest has groups, whole ones.
+            one image of every class that has two, never the whole of a class. Where there are groups, whole ones. None:
+            there is no validation set where none is given.
         seed: decides which images those are; their names do the rest, so that the split can be made again elsewhere.
         allow_links: follow links that lead out of ``data_dir``.
-        imbalance_ratio: train is made long-tailed (``engine.data.long_tail``), and before a validation set is taken
-            from it, so that this one is as well; a given one stays whole, and so does test.
+        selection: what of the source counts, and what names say of it.
+        test_fraction: the part of train that becomes the test set where none is given, before validation is taken; 0:
+            there is then no test set.
+        test_method: how: "stratified", class by class at random, whole groups where there are any; or "first", the
+            first names of each class.
+        duplicates: "identical" (the same bytes or pixels) or "near" ones (``held_out.tie_duplicates``) are kept on one
+            side of what is taken from train, and those that given sets share are warned of; "none" are looked for.
+        workers: threads that look for them.
+        imbalance_ratio: train is made long-tailed (``engine.data.long_tail``), after a test set is taken from it and
+            before a validation set is, so that this one is long-tailed as well; given ones stay whole.
 
     Neither ``data_dir`` nor ``csv``: scikit-learn's scanned digits, balanced (``engine.data.digits``); their long tail
     is the same for every seed.
@@ -60,34 +73,51 @@ def open_splits(
     Raises:
         UserError: something is missing, empty, contradictory or unknown.
     """
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: give a part between 0 and 1, such as 0.15")
+    if not 0 <= test_fraction < 1:
+        raise UserError(f"--test-fraction {test_fraction}: give a part between 0 and 1, such as 0.2")
     if csv is None and (val_csv is not None or test_csv is not None):
         flag = "--val-csv" if val_csv is not None else "--test-csv"
         raise UserError(f"{flag} without --csv: where one set comes from a manifest, training must as well")
-
+    selection = selection or Selection()
     if csv is not None:
-        source = str(csv)
-        train, val, test = _read_manifests(data_dir, csv, val_csv, test_csv)
+        source, folder = str(csv), Path(csv).parent if data_dir is None else Path(data_dir)
+        found = _read_manifests(data_dir, csv, val_csv, test_csv, selection)
     else:
         source = str(data_dir) if data_dir is not None else "embedded digits"
-        root = Path(data_dir) if data_dir is not None else write_digits()
-        train, val, test = read_arrays(root) or read_splits_folder(root, allow_links=allow_links)
-    if imbalance_ratio is not None:
-        order = dealt_order(root) if data_dir is None and csv is None else None
-        train = make_long_tailed(train, imbalance_ratio, seed, order=order)
-        source += f", long-tailed with U = {imbalance_ratio:g}"
-    origin = "given"
-    if val is None:
-        train, val = _take_validation(train, val_fraction, seed)
-        origin = f"taken from train, {val_fraction:.0%} of each class"
+        folder = Path(data_dir) if data_dir is not None else write_digits()
+        found = _read_arrays(folder, selection) or read_splits_folder(
+            folder, allow_links=allow_links, selection=selection
+        )
+    train = _grouped(found[0], folder, selection.group_regex)
+    val, test = (None if part is None else _grouped(part, folder, selection.group_regex) for part in found[1:])
     _refuse_shared(train, val, test)
 
-    description = (
-        f"{source}: {len(train.class_names)} classes, train {len(train)}, val {len(val)} ({origin}), "
-        f"test {len(test) if test is not None else 'none'}"
-    )
-    return Splits(train, val, test, description)
+    remarks = [f"{selection.left_out} files left out by --exclude"] if selection.exclude else []
+    warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
+    if duplicates != "none":
+        near = duplicates == "near"
+        given = [part for part in (train, val, test) if part is not None]
+        if len(given) > 1 and (shared := find_given_duplicates(given, near=near, workers=workers)):
+            warnings.append(shared)
+        if (test is None and test_fraction > 0) or (val is None and val_fraction is not None):
+            train, tied = tie_duplicates(train, relative_names(train, folder), near=near, workers=workers)
+            remarks.append(tied)
+    origins = {"train": "", "val": "given", "test": ""}
+    if test is None and test_fraction > 0:
+        train, test = take_test(train, relative_names(train, folder), test_fraction, method=test_method, seed=seed)
+        origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(f'{test_fraction:.0%}')}"
+    if imbalance_ratio is not None:
+        order = dealt_order(folder) if data_dir is None and csv is None else None
+        train = make_long_tailed(train, imbalance_ratio, seed, order=order)
+        source += f", long-tailed with U = {imbalance_ratio:g}"
+    if val is None and val_fraction is not None:
+        train, val = take_validation(train, val_fraction, seed)
+        origins["val"] = f"taken from train, {val_fraction:.0%} of each class"
+    sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
+    about = f"{source}: {len(train.class_names)} classes, {', '.join(sizes)}"
+    return Splits(train, val, test, "; ".join([about, *remarks]), tuple(warnings))
 
 
 def open_samples(
@@ -96,6 +126,7 @@ def open_samples(
     data_dir: StrPath | None = None,
     csv: StrPath | None = None,
     allow_links: bool = False,
+    selection: Selection | None = None,
 ) -> Samples:
     """One set to score a trained model on, labelled by the model's own classes.
 
@@ -105,6 +136,7 @@ def open_samples(
             test set. With ``csv``: the folder that its relative file names start from.
         csv: a manifest; with a column ``split``, its rows of test.
         allow_links: follow links that lead out of ``data_dir``.
+        selection: what of the source counts; its classes need not all be there.
 
     Neither: the test set of the embedded digits.
 
@@ -112,49 +144,37 @@ def open_samples(
         UserError: as ``open_splits``, and at a class that the model does not know.
     """
     names = tuple(class_names)
+    selection = selection or Selection()
     if csv is not None:
-        return read_manifest(Path(csv), _base(data_dir), names)
+        selection = replace(selection, label_regex=None)  # as it may have been trained on a folder
+        return selection.of_samples(read_manifest(Path(csv), _base(data_dir), names), csv)
     root = Path(data_dir) if data_dir is not None else write_digits()
-    if (arrays := read_arrays(root)) is not None:
+    if (arrays := _read_arrays(root, selection)) is not None:
         test = arrays[2]
         if test is None:
             raise UserError(f"{root} has no test_images: name a file that has")
         return relabel(test, names, root)
-    require_folder(root)
-    within = None if allow_links else root
-    if (root / "test").is_dir() and "test" not in names:
-        return read_known_classes(root / "test", names, within)
-    if (root / "train").is_dir() and "train" not in names:
-        raise UserError(f"{root} has train/ but no test/: name the folder whose class folders are to be scored")
-    return read_known_classes(root, names, within)
+    return read_test_folder(root, names, allow_links=allow_links, selection=selection)
 
 
-def holds_arrays(root: Path) -> bool:
-    """Whether it is a source of ``read_arrays``. Raises UserError where it cannot be read."""
-    try:
-        return find_cifar(root) is not None or (root.is_file() and zipfile.is_zipfile(root))
-    except OSError as error:
-        raise UserError(f"cannot read {root}: {error.strerror}") from error
-
-
-def read_arrays(root: Path) -> tuple[Samples, Samples | None, Samples | None] | None:
-    """Train, validation and test of CIFAR's files or an NPZ file; None: ``root`` is another source.
-
-    Raises UserError where it cannot be read or is damaged.
-    """
-    try:
-        if (cifar := find_cifar(root)) is not None:
-            train, test = read_cifar(cifar)
-            return train, None, test
-        if root.is_file() and zipfile.is_zipfile(root):
-            return read_npz(root)
-    except OSError as error:
-        raise UserError(f"cannot read {root}: {error.strerror}") from error
-    return None
+def _read_arrays(root: Path, selection: Selection) -> tuple[Samples, Samples | None, Samples | None] | None:
+    found = read_arrays(root)
+    if found is None:
+        return None
+    train, val, test = found
+    return (
+        selection.of_samples(train, root),
+        None if val is None else selection.of_samples(val, root),
+        None if test is None else selection.of_samples(test, root),
+    )
 
 
 def _read_manifests(
-    data_dir: StrPath | None, csv: StrPath, val_csv: StrPath | None, test_csv: StrPath | None
+    data_dir: StrPath | None,
+    csv: StrPath,
+    val_csv: StrPath | None,
+    test_csv: StrPath | None,
+    selection: Selection,
 ) -> tuple[Samples, Samples | None, Samples | None]:
     base = _base(data_dir)
     if base is not None and (base / "train").is_dir():
@@ -172,7 +192,11 @@ def _read_manifests(
         val = read_manifest(Path(val_csv), base, train.class_names, train.heads, split="val")
     if test_csv is not None:
         test = read_manifest(Path(test_csv), base, train.class_names, train.heads, split="test")
-    return train, val, test
+    return (
+        selection.of_samples(train, csv),
+        None if val is None else selection.of_samples(val, val_csv or csv),
+        None if test is None else selection.of_samples(test, test_csv or csv),
+    )
 
 
 def _base(data_dir: StrPath | None) -> Path | None:
@@ -182,37 +206,21 @@ def _base(data_dir: StrPath | None) -> Path | None:
     return Path(data_dir)
 
 
-def _take_validation(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
-    is_val = _validation_groups(train, fraction, seed) if train.groups else _validation_images(train, fraction, seed)
-    if not is_val.any():
-        what = "no class has two groups" if train.groups else "no class has two images"
-        raise UserError(f"{what}, so none can be left out for validation: give a validation set")
-    return train.subset(np.flatnonzero(~is_val)), train.subset(np.flatnonzero(is_val))
+def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples:
+    if group_regex is None:
+        return samples
+    groups = first_groups(group_regex, relative_names(samples, folder), "--group-regex")
+    return replace(samples, groups=tuple(groups))
 
 
-def _validation_groups(train: Samples, fraction: float, seed: int) -> np.ndarray:
-    """(n,) bool: whole groups, and never all that hold a class."""
-    names, classes = train.groups or (), len(train.class_names)
-    is_val = split_groups(train.labels, names, (1 - fraction, fraction), seed, num_classes=classes) == 1
-    left = np.bincount(train.labels[~is_val], minlength=classes)
-    groups = np.array(names)
-    return is_val & ~np.isin(groups, groups[left[train.labels] == 0])
+def _size(name: str, part: Samples | None, origin: str) -> str:
+    if part is None:
+        return f"{name} none"
+    return f"{name} {len(part)} ({origin})" if origin else f"{name} {len(part)}"
 
 
-def _validation_images(train: Samples, fraction: float, seed: int) -> np.ndarray:
-    is_val = np.zeros(len(train), dtype=bool)
-    for label in range(len(train.class_names)):
-        # By name and not by place, so that a manifest's order does not matter either.
-        members = sorted(np.flatnonzero(train.labels == label), key=train.files.__getitem__)
-        if len(members) >= 2:
-            count = min(max(1, round(fraction * len(members))), len(members) - 1)
-            shuffled = generator(Purpose.VALIDATION_SPLIT, seed, label).permutation(members)
-            is_val[shuffled[:count]] = True
-    return is_val
-
-
-def _refuse_shared(train: Samples, val: Samples, test: Samples | None) -> None:
-    """Raises UserError where a file, or a group of the manifest's, is in two of the sets."""
+def _refuse_shared(train: Samples, val: Samples | None, test: Samples | None) -> None:
+    """Raises UserError where a file or a group is in two of the sets."""
     parts = [(split, samples) for split, samples in (("train", train), ("val", val), ("test", test)) if samples]
     file_in: dict[str, str] = {}
     group_in: dict[str, str] = {}

@@ -108,15 +108,16 @@ class _Queue:
 
 
 class _Batches(Dataset[Any]):
-    """A planned batch -> images (B, img_size, img_size, 3) and labels (B,), in a worker process."""
+    """A planned batch -> images (B, S, S, 3) and labels (B,), in a worker process."""
 
     def __init__(self, loader: Loader) -> None:
         self.data, self.targets = loader.data, loader.targets
-        self.img_size, self.dtype = loader.img_size, loader.dtype
+        self.dtype = loader.dtype
         self.mean, self.std = loader.mean, loader.std
 
     def __getitem__(self, planned: Planned) -> tuple[Tensor, Tensor] | Failure:
-        images = torch.empty((len(planned.indices), self.img_size, self.img_size, 3), dtype=self.dtype)
+        side = planned.img_size
+        images = torch.empty((len(planned.indices), side, side, 3), dtype=self.dtype)
         for i, index in enumerate(planned.indices):
             try:
                 array = decode_image(self.data.files[index]) if self.data.pixels is None else self.data.pixels[index]
@@ -125,7 +126,5 @@ class _Batches(Dataset[Any]):
                 # handed over in place of the batch: as an exception it would arrive with the worker's whole traceback
                 return Failure(int(index), str(error) or type(error).__name__)
             box = None if planned.boxes is None else planned.boxes[i]
-            images[i] = prepare(pixels, self.img_size, box, planned.drawn, i, mean=self.mean, std=self.std).permute(
-                1, 2, 0
-            )
+            images[i] = prepare(pixels, side, box, planned.drawn, i, mean=self.mean, std=self.std).permute(1, 2, 0)
         return images, torch.from_numpy(np.asarray(self.targets[planned.indices]))
