@@ -90,10 +90,10 @@ def compare_outcomes(
 
     Returns:
         ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one ``split``, the images that
-        were scored; by metric ``values`` (None where undefined), ``mean`` and ``sd`` (divided by n - 1; None for one
-        seed); and, but for the first, the ``paired_t_test`` by metric and for each seed ``mcnemar``, with ``b``
-        the images that only the first recipe gets right. Where the recipes were not scored on the same images both are
-        left out, and ``no_test`` says why.
+        were scored, and ``in_sample``, whether epochs were chosen on these; by metric ``values`` (None where
+        undefined), ``mean`` and ``sd`` (divided by n - 1; None for one seed); and, but for the first, the
+        ``paired_t_test`` by metric and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets
+        right. Where the recipes were not scored on the same images both are left out, and ``no_test`` says why.
     """
     every = [outcome.metrics for of_recipe in outcomes.values() for outcome in of_recipe]
     if not metrics:
@@ -105,6 +105,7 @@ def compare_outcomes(
         values = {metric: [_figure(outcome.metrics, metric) for outcome in of_recipe] for metric in metrics}
         recipes[name] = {
             "split": ", ".join(dict.fromkeys(outcome.metrics["split"] for outcome in of_recipe)),
+            "in_sample": any(_in_sample(outcome.metrics) for outcome in of_recipe),
             "metrics": {metric: _mean_and_sd(of_metric) for metric, of_metric in values.items()},
         }
         if name != against:
@@ -118,6 +119,10 @@ def _figure(metrics: Mapping[str, Any], name: str) -> float | None:
     of_head = metrics.get("heads", {}).get(head, {}) if head else metrics
     value: float | None = of_head.get(metric)
     return value
+
+
+def _in_sample(metrics: Mapping[str, Any]) -> bool:
+    return bool(metrics["split"] == metrics.get("selected_on", "validation"))
 
 
 def _mean_and_sd(values: Sequence[float | None]) -> dict[str, Any]:
@@ -230,10 +235,9 @@ def _test_cells(test: Mapping[str, Any] | None) -> list[str]:
 def _notes(comparison: Mapping[str, Any]) -> list[str]:
     recipes, n = comparison["recipes"], len(comparison["seeds"])
     notes = []
-    if any("validation" in recipe["split"] for recipe in recipes.values()):
-        notes.append(
-            "The figures of validation images are those of the images that the epochs were chosen on: they flatter."
-        )
+    in_sample = [name for name, recipe in recipes.items() if recipe["in_sample"]]
+    if in_sample:
+        notes.append(f"Of {', '.join(in_sample)} the epochs were chosen on the very images scored here: they flatter.")
     notes += [f"{name} is not tested: {recipe['no_test']}" for name, recipe in recipes.items() if "no_test" in recipe]
     if any("mcnemar" in recipe for recipe in recipes.values()):
         if n > 1:

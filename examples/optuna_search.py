@@ -45,7 +45,12 @@ def options_of(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
 
 
 def search(config: Config, trials: int, output: Path) -> optuna.Study:
-    """``trials`` more trials of the search in ``output``. Raises UserError where the data cannot be opened."""
+    """``trials`` more trials of the search in ``output``.
+
+    Raises UserError where the data cannot be opened, or an epoch is to be chosen on test.
+    """
+    if config.select_on != "validation":
+        raise UserError(f"--select-on {config.select_on}: a search is made on validation images; leave it out")
     open_data(config)
     output.mkdir(parents=True, exist_ok=True)
     higher = metric_is_better(config.eval_metric.rpartition(".")[2], 1.0, 0.0)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,13 +184,13 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys, flags, message):
     assert not Path("never").exists()
 
 
-def outcome(right: list[bool], split: str = "test", *, files: str = "image", **metrics: float | None) -> Outcome:
+def outcome(right: list[bool], split: str = "test", *, files: str = "image", **metrics: Any) -> Outcome:
     """Of images of class 0, ``right`` or not."""
     n = len(right)
     predicted = torch.tensor([0 if of_image else 1 for of_image in right])
     names = tuple(f"{files}{i}" for i in range(n))
     predictions = Predictions(names, ("no", "yes"), torch.zeros(n).long(), predicted, torch.full((n, 2), 0.5))
-    return Outcome({"split": split, **metrics}, predictions)
+    return Outcome({"split": split, "selected_on": "validation", **metrics}, predictions)
 
 
 def test_equal_differences_and_one_pair_have_no_spread():
@@ -219,7 +220,7 @@ def test_recipes_on_other_images_are_shown_and_not_tested():
     text = format_markdown(comparison)
     assert "b is not tested: image0: is not among the second run's predictions" in text
     assert "test and validation images, seed 0" in text
-    assert "the images that the epochs were chosen on: they flatter" in text
+    assert "Of b the epochs were chosen on the very images scored here" in text
 
 
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():
@@ -230,10 +231,7 @@ def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():
 
 
 def test_a_head_s_figure_is_named_by_the_head_and_an_undefined_one_has_no_mean():
-    of_heads = [
-        Outcome({"split": "test", "heads": {"subtype": {"ece": value}}}, outcome([True]).predictions)
-        for value in (0.5, None)
-    ]
+    of_heads = [outcome([True], heads={"subtype": {"ece": value}}) for value in (0.5, None)]
     comparison = compare_outcomes({"a": of_heads, "b": of_heads}, (0, 1), ("subtype.ece",))
     figures = comparison["recipes"]["a"]["metrics"]["subtype.ece"]
     assert figures == {"values": [0.5, None], "mean": None, "sd": None}

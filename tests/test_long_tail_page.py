@@ -9,12 +9,14 @@ from benchmarks.long_tail import __main__ as page
 from engine.comparison import Outcome, compare_outcomes
 from engine.predictions import Predictions
 
+METRICS = {"split": "test", "selected_on": "validation"}
+
 
 def comparison(figures: dict[str, tuple[float, ...]]) -> dict:
     """Macro-F1 as given, by arm and seed."""
     predictions = Predictions(("a",), ("0", "1"), torch.tensor([0]), torch.tensor([0]), torch.tensor([[1.0, 0.0]]))
     outcomes = {
-        arm: [Outcome({"split": "test", "macro_f1": value, "accuracy": value}, predictions) for value in values]
+        arm: [Outcome(METRICS | {"macro_f1": value, "accuracy": value}, predictions) for value in values]
         for arm, values in figures.items()
     }
     found = compare_outcomes(outcomes, range(3), page.METRICS)

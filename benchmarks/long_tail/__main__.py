@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -24,12 +25,12 @@ import numpy as np
 import torch
 
 from engine import evaluate
+from engine.build import open_data
 from engine.cli import run
 from engine.command_line import about_recipe, read_recipe
 from engine.compare import train_runs
 from engine.comparison import Outcome, compare_outcomes, markdown_table
 from engine.config import Config
-from engine.data import open_splits
 from engine.predictions import read_predictions
 
 HERE = Path(__file__).parent
@@ -142,7 +143,8 @@ def _arms(arms: Sequence[str]) -> str:
 def _counts(found: Mapping[float, Any]) -> list[list[str]]:
     rows = [["u", *(f"class {label}" for label in range(10)), "train", "val"]]
     for ratio in _in_order(found):
-        splits = open_splits(imbalance_ratio=ratio, seed=SEEDS[0])
+        splits = open_data(dataclasses.replace(config_of(PLAIN, ratio), seed=SEEDS[0]))
+        assert splits.val is not None, "it is taken from train"
         both = splits.train.class_counts() + splits.val.class_counts()
         rows.append([f"{ratio:g}", *map(str, both), str(len(splits.train)), str(len(splits.val))])
     return rows
