@@ -21,7 +21,7 @@ def comparison(figures: dict[str, tuple[float, ...]]) -> dict:
     }
     found = compare_outcomes(outcomes, range(3), page.METRICS)
     for arm, values in figures.items():
-        found["recipes"][arm]["macro_f1_by_validation_loss"] = list(values)
+        found["recipes"][arm] |= {"macro_f1_by_validation_loss": list(values), "recall_of_rarest": list(values)}
     return found
 
 
