@@ -118,8 +118,8 @@ def as_markdown(
         "Mean +- standard deviation (n - 1) over the seeds.",
         markdown_table(_figures(found)),
         *_missing(found, best),
-        "The tail's images are the same for every seed, but for those that are held out. At u = 0.02 class 9 has two, of "
-        "which one is held out, and at u = 0.005 classes 8 and 9 have one each. Which image that is weighs as much "
+        "The tail's images are the same for every seed, but for those that are held out. At u = 0.02 class 9 has two, "
+        "of which one is held out, and at u = 0.005 classes 8 and 9 have one each. Which image that is weighs as much "
         "as a method, so that figures of different u hardly compare, and the spread over the seeds knows nothing of "
         "other tails. The arms of a seed share their images: it is their differences that tell.",
         "## Beside the report that the claim is from",
