@@ -49,8 +49,12 @@ def main(argv: list[str] | None) -> None:
     train(config, resume)
 
 
-def train(config: Config, resume: str | None = None) -> dict[str, Any]:
+def train(
+    config: Config, resume: str | None = None, *, on_epoch: Callable[[Row], None] | None = None
+) -> dict[str, Any]:
     """Trains as ``config`` says and returns what metrics.json holds.
+
+    ``on_epoch`` is given each epoch's row of summary.csv once it is written; what it raises ends the run.
 
     Raises UserError for whatever the user can mend, before anything is written.
     """
@@ -94,6 +98,8 @@ def train(config: Config, resume: str | None = None) -> dict[str, Any]:
         _write_draws(run_dir, epoch, splits.train, train_loader)
         _save(run_dir, config, splits, heads, training, history, best, improved)
         print(_epoch_line(row, config, improved))
+        if on_epoch is not None:
+            on_epoch(row)
 
     metrics = _final_score(run_dir, config, splits, heads, training.model, chosen_on, device, precision)
     run_dir.write_metrics(metrics)

@@ -1,0 +1,51 @@
+"""The example of a search by Optuna: trials are runs, what is found is a recipe, and a search goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+
+import pytest
+
+optuna = pytest.importorskip("optuna")
+
+from engine.cli import run  # noqa: E402
+from engine.command_line import read_recipe  # noqa: E402
+from engine.run import RunDirectory  # noqa: E402
+from examples import optuna_search  # noqa: E402
+from tests.image_folders import COLOURS, write_image  # noqa: E402
+
+FLAGS = ("--model", "seresnet18", "--img-size", "16", "-b", "8", "-j", "2", "--epochs", "1", "--warmup-epochs", "0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """They are half the work of so small a run, and nothing here looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "write_pictures", lambda *_, **__: None)
+        yield
+
+
+def test_search_goes_on_and_its_best_figure_is_that_of_the_best_run(tmp_path, capsys):
+    for name, count in (("blue", 20), ("red", 8)):
+        for i in range(count):
+            write_image(tmp_path / "images" / name / f"{i}.png", COLOURS[name], seed=i)
+    output = tmp_path / "search"
+    argv = ["--data-dir", str(tmp_path / "images"), *FLAGS, "--eval-metric", "loss", "--output", str(output)]
+    for trials in ("2", "1"):
+        assert run(optuna_search.main, [*argv, "--trials", trials]) == 0
+
+    values = []
+    for number in range(3):
+        metrics = json.loads((output / f"trial{number}" / "metrics.json").read_text())
+        assert metrics["split"] == "validation"
+        values.append(metrics["loss"])
+    best = values.index(min(values))
+    assert f"trial {best} of 3: val loss {min(values):.4f}" in capsys.readouterr().out
+    tried = [read_recipe(str(output / f"trial{number}" / "args.yaml")) for number in range(3)]
+    assert len({options["lr"] for options in tried}) == 3  # the first trials are not drawn again
+    found = read_recipe(str(output / "best.yaml"))
+    assert {**found, "output": None} == {**tried[best], "output": None}
+    with (output / f"trial{best}" / "summary.csv").open() as rows:
+        assert float(next(csv.DictReader(rows))["val_loss"]) == pytest.approx(min(values))
