@@ -213,7 +213,8 @@ def _tests(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
                 mcnemar = (
                     _listed(f"{pair['p_exact']:.2g}" for pair in recipe["mcnemar"]) if metric == "accuracy" else ""
                 )
-                difference = [f"{test['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{test['p']:.3g}"]
+                p = "-" if test["p"] is None else f"{test['p']:.3g}"
+                difference = [f"{test['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", p]
                 rows.append([f"{ratio:g}", f"`{arm}`", metric, *difference, mcnemar])
     return rows
 
