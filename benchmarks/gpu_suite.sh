@@ -87,6 +87,12 @@ else
     fi
     selection=()
 fi
+# a run as a user has it and what follows it, by the one input pipeline that DALI need not be installed for
+short=()
+[ -z "$rehearse" ] || short=(--model seresnet18 --epochs 2 --warmup-epochs 1)
+step training "$python" -m engine.train --fused-se --data-backend resident --output "$out/run" "${short[@]}"
+step report "$python" -m engine.report "$out/run"
+step export "$python" -m engine.export "$out/run" --format torch-export --output "$out/model.pt2"
 step benchmarks "$python" -m pytest benchmarks/ --benchmark-only -q -p no:cacheprovider \
     --benchmark-json "$out/benchmarks.json" "${selection[@]}"
 sed -n '/^=* times and ratios/,/^geometric mean/p' "$out/benchmarks.log"
