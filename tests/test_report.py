@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -307,6 +308,32 @@ def test_what_is_no_run_is_refused_with_a_way_out(tmp_path, capsys, prepare, mes
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "found", "put", "message"),
+    (
+        ("summary.csv", ",2.0,", ",two,", "summary.csv, line 2: train_loss is 'two', not the number"),
+        ("summary.csv", "epoch,", "time,", "summary.csv: has no column epoch"),
+        ("summary.csv", "\n1,", "\n1\n1,", "summary.csv, line 3: has other columns than the first line"),
+        ("sampling.csv", "\n0,", "\nx,", "sampling.csv, line 2: epoch is 'x'"),
+        ("sampling.csv", ",drawn", ",taken", "sampling.csv: has no column drawn"),
+        ("sampling.csv", ",20.0,", ",nan,", "sampling.csv, line 2: expected is 'nan'"),
+    ),
+)
+def test_a_damaged_table_is_named_with_a_way_out(hostile, tmp_path, capsys, file, found, put, message):
+    path = tmp_path / "run"
+    shutil.copytree(hostile, path)
+    text = (path / file).read_text()
+    assert found in text
+    (path / file).write_text(text.replace(found, put, 1))
+    assert run(report.main, [str(path), "--no-images"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.endswith("mend it, or remove it, and the page goes without\n")
+    assert error.count("\n") == 1
+    (path / file).unlink()
+    assert read_run(path, "run").metrics is not None
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,25 @@ from engine.errors import UserError
 from engine.predictions import Predictions, read_predictions
 
 _NEEDED = ("split", "epoch", "per_class", "confusion_matrix", "accuracy", "macro_f1")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+_Columns = Mapping[str, Callable[[str], Any]]
+_EPOCH: _Columns = {"epoch": int}
+_DRAW: _Columns = {
+    "epoch": int,
+    "class": str,
+    "images": int,
+    "expected": _finite,
+    "drawn": int,
+}
+"""Columns that ``summary.csv`` and ``sampling.csv`` must have, and what each holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +94,7 @@ def read_run(path: Path, name: str) -> ReportedRun:
     args_text = _read_text(path / "args.yaml")
     args = _parsed(path / "args.yaml", args_text, yaml.safe_load, "an args.yaml")
     metrics = _read_json(path / "metrics.json")
-    history = _read_table(path / "summary.csv")
+    history = _read_table(path / "summary.csv", _EPOCH, float)
     if metrics is None and not history:
         raise UserError(
             f"{path}: neither metrics.json nor summary.csv is there, no epoch of the run has finished; "
@@ -89,7 +109,7 @@ def read_run(path: Path, name: str) -> ReportedRun:
         args,
         args_text,
         history,
-        _read_table(path / "sampling.csv"),
+        _read_table(path / "sampling.csv", _DRAW, str),
         metrics,
         _read_predictions(path, metrics or {}),
         _read_json(path / "about.json") or {},
@@ -105,8 +125,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return _parsed(path, _read_text(path), json.loads, f"a {path.name}") if path.is_file() else None
 
 
-def _read_table(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(_read_text(path), newline=""))) if path.is_file() else []
+def _read_table(path: Path, needed: _Columns, other: Callable[[str], Any]) -> list[dict[str, str]]:
+    """Rows as text that can be read as ``needed`` says by column, or as ``other``; empty where there is no file."""
+    if not path.is_file():
+        return []
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    mend = "mend it, or remove it, and the page goes without"
+    rows = []
+    try:
+        for column in needed:
+            if column not in (reader.fieldnames or ()):
+                raise UserError(f"{path}: has no column {column}; {mend}")
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{place}: has other columns than the first line; {mend}")
+            for column, text in row.items():
+                if text or column in needed:
+                    _read_value(text, needed.get(column, other), f"{place}: {column}", mend)
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}: not readable as a table ({error}); {mend}") from error
+    return rows
+
+
+def _read_value(text: str, read: Callable[[str], Any], what: str, mend: str) -> None:
+    try:
+        read(text)
+    except ValueError:
+        raise UserError(f"{what} is {text!r}, not the number that belongs there; {mend}") from None
 
 
 def _parsed(path: Path, text: str, parse: Callable[[str], Any], what: str) -> dict[str, Any]:
