@@ -215,7 +215,7 @@ def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path
     metrics = json.loads((path / "metrics.json").read_text())
     page = make(tmp_path, path)
     columns, *rows = table(page, "Figures of each fold")
-    keys = {"Accuracy": "accuracy", "Macro-F1": "macro_f1", "AUROC, macro": "auroc_macro_ovr", "Brier score": "brier"}
+    keys = {"Accuracy": "accuracy", "Macro-F1": "macro_f1", "AUROC": "auroc_macro_ovr", "Brier": "brier"}
     expected = [*metrics["folds"], *({k: v[part] for k, v in metrics["over_folds"].items()} for part in ("mean", "sd"))]
     for row, figures in zip(rows, [*expected, metrics], strict=True):
         shown = dict(zip(columns, row, strict=True))
@@ -232,6 +232,14 @@ def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path
     options = [row[0] for row in table(page, "Options that differ from the defaults")[1:]]
     assert "--folds" in options
     assert "--fold" not in options
+    for fold in range(2):
+        shutil.rmtree(path / f"fold{fold}")
+    assert run(report.main, [str(path), "--device", "cpu"]) == 0
+    alone = (path / "report.html").read_text()
+    assert table(alone, "Figures of each fold") == [columns, *rows]
+    assert "The images cannot be shown" in alone
+    assert "The runs of the folds are not here any more" in alone
+    assert "embedded digits" not in alone
 
 
 def test_each_mistake_of_a_cross_validation_is_explained_by_the_model_of_its_fold(tmp_path, monkeypatch):

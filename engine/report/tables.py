@@ -30,10 +30,17 @@ FIGURES = {
     "loss": ("Loss", "mean of -log(probability of the truth), in nats; lower is better"),
     "brier": ("Brier score", "mean squared error of the probabilities; lower is better"),
 }
-_OF_FOLDS = (
-    *("accuracy", "balanced_accuracy", "macro_f1", "auroc_macro_ovr", "average_precision_macro", "mcc"),
-    *("ece", "loss", "brier"),
-)
+MAIN_FIGURES = {
+    "macro_f1": "Macro-F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "auroc_macro_ovr": "AUROC",
+    "average_precision_macro": "AP",
+    "mcc": "MCC",
+    "ece": "ECE",
+    "brier": "Brier",
+}
+"""Those that stand side by side, under names that are short."""
 BINARY_FIGURES = {
     "recall": ("Sensitivity", "recall: share of its images that are found"),
     "specificity": ("Specificity", "share of the other images that are left alone"),
@@ -220,7 +227,7 @@ def folds_table(metrics: Mapping[str, Any]) -> Table | None:
     if "over_folds" not in metrics:
         return None
     folds, over = metrics["folds"], metrics["over_folds"]
-    keys = [key for key in _OF_FOLDS if key in over]
+    keys = [key for key in MAIN_FIGURES if key in over]
     rows = [
         [
             name(str(fold["fold"])),
@@ -232,11 +239,11 @@ def folds_table(metrics: Mapping[str, Any]) -> Table | None:
     ]
     foot = [
         [words(label), words(""), words(""), *(number(over[key][part]) for key in keys)]
-        for label, part in (("Mean", "mean"), ("Standard deviation", "sd"))
+        for label, part in (("Mean", "mean"), ("SD", "sd"))
     ]
     images = number(sum(fold["images"] for fold in folds))
     foot.append([words("All images"), images, words(""), *(number(metrics.get(key)) for key in keys)])
-    return Table("Figures of each fold", ("Fold", "Images", "Epoch", *(FIGURES[key][0] for key in keys)), rows, foot)
+    return Table("Figures of each fold", ("Fold", "Images", "Epoch", *(MAIN_FIGURES[key] for key in keys)), rows, foot)
 
 
 def calibration_table(metrics: Mapping[str, Any]) -> Table | None:
