@@ -11,6 +11,7 @@ from engine.checkpoint import save_checkpoint
 from engine.config import Config
 from engine.heads import Heads, restore_heads
 from engine.models import create_model
+from engine.pooling import pooled_metrics, pooled_predictions, read_fold
 from engine.run import RunDirectory
 from engine.scoring import Scored, final_metrics
 from tests.image_folders import write_image
@@ -67,6 +68,20 @@ def write_run(
         metrics = final_metrics(scored, scored, split=split, temperature=1.3, sensitivities=(0.9,))
         run.write_metrics({"split": split, "epoch": 2, **metrics})
     run.close()
+    return path
+
+
+def write_cross_validation(path: Path, folds: int = 2, *, images: Path | None = None, **options: object) -> Path:
+    """What `engine.cross_validate` leaves behind: the fold of number k is a run on images of its own."""
+    read = []
+    for fold in range(folds):
+        options |= {"folds": folds, "fold": fold}
+        files = tuple(f"fold{fold}/{i:03d}.png" for i in range(60))
+        run = write_run(path / f"fold{fold}", seed=fold, images=images, files=files, **options)
+        read.append(read_fold(run, fold))
+    top = RunDirectory(path)
+    top.write_predictions(pooled_predictions(read))
+    top.write_metrics(pooled_metrics(read))
     return path
 
 

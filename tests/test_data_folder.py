@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.data import open_samples, open_splits
+from engine.data.selection import Selection
 from engine.errors import UserError
 from tests.data_helpers import make_folder, save_picture
 
@@ -90,3 +91,15 @@ def test_a_class_name_that_is_no_text_is_refused(data):
     with pytest.raises(UserError, match=r"its name is no text in UTF-8: rename it") as raised:
         open_splits(data_dir=data)
     str(raised.value).encode()
+
+
+def test_a_folder_called_as_a_split_is_a_class_only_with_a_warning(data):
+    make_folder(data, {"test": 2})
+    splits = open_splits(data_dir=data)
+    assert splits.train.class_names == ("a", "b", "test")
+    (warning,) = splits.warnings
+    assert f"{data / 'test'}: without a train/ read as a class; name the classes with --classes" in warning
+    assert open_splits(data_dir=data, selection=Selection(classes=("a", "b", "test"))).warnings == ()
+    make_folder(data, {"train/a": 2, "train/b": 2})
+    (data / "test").rename(data / "train" / "test")
+    assert open_splits(data_dir=data).warnings == ()

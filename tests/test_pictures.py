@@ -75,7 +75,7 @@ def test_roc_curves_are_scikit_learns():
     for label, name in enumerate(run.class_names):
         truth, scores = (run.labels == label).numpy(), run.probabilities[:, label].numpy()
         area = roc_auc_score(truth, scores)
-        points = drawn[f"{area:.4f} {name}"]
+        points = drawn[f"{name}: {area:.4f}"]
         every = np.stack(roc_curve(truth, scores, drop_intermediate=False)[:2], axis=1)
         assert all(np.isclose(every, point, atol=1e-12).all(axis=1).any() for point in points)
         assert auc(*points.T) == pytest.approx(area, abs=1e-12)
@@ -88,7 +88,7 @@ def test_precision_recall_curves_are_scikit_learns():
     for label, name in enumerate(run.class_names):
         truth, scores = (run.labels == label).numpy(), run.probabilities[:, label].numpy()
         area = average_precision_score(truth, scores)
-        points = drawn[f"{area:.4f} {name} (chance {truth.mean():.2g})"]
+        points = drawn[f"{name}: {area:.4f} (chance {truth.mean():.2g})"]
         precision, recall, _ = precision_recall_curve(truth, scores)
         every = np.stack([recall, precision], axis=1)
         assert all(np.isclose(every, point, atol=1e-12).all(axis=1).any() for point in points[1:])
@@ -109,8 +109,8 @@ def test_of_many_classes_the_worst_and_the_mean_are_drawn(draw, macro):
     *worst, mean = (text.get_text() for text in figure.axes[0].get_legend().get_texts())
     key = "auroc" if draw is draw_roc else "average_precision"
     by_area = sorted(names, key=lambda name: metrics["per_class"][name][key])
-    assert [text.split(" (")[0][7:] for text in worst] == by_area[:5]
-    assert mean == f"{metrics[macro]:.4f} mean"
+    assert [text.split(":")[0] for text in worst] == by_area[:5]
+    assert mean == f"mean: {metrics[macro]:.4f}"
     assert "5 worst of 12" in alt_text(figure)
     line = next(line for line in figure.axes[0].lines if line.get_color() == "#000000")
     x, y = line.get_data()
@@ -129,15 +129,23 @@ def test_the_mean_curve_is_the_mean_of_the_classes_at_each_rate():
     assert points[0].tolist() == [0, 0]
     assert np.interp(1e-12, points[1:, 0], points[1:, 1]) == pytest.approx(np.mean(own, axis=0)[0])
     assert points[-1].tolist() == [1, 1]
-    assert text.endswith("only")
+    assert text.startswith("only:")
 
 
 def test_several_runs_are_compared_in_the_positive_class():
     runs = {"plain": scored(["no", "yes"]), "balanced": scored(["no", "yes"], seed=1)}
     areas = [roc_auc_score(run.labels, run.probabilities[:, 1]) for run in runs.values()]
-    assert list(curves(draw_roc(runs))) == [f"{area:.4f} {name}" for area, name in zip(areas, runs, strict=True)]
+    assert list(curves(draw_roc(runs))) == [f"{name}: {area:.4f}" for area, name in zip(areas, runs, strict=True)]
     other = roc_auc_score(1 - runs["plain"].labels, runs["plain"].probabilities[:, 0])
-    assert list(curves(draw_roc(runs["plain"], positive_class="no"))) == [f"{other:.4f} no"]
+    assert list(curves(draw_roc(runs["plain"], positive_class="no"))) == [f"no: {other:.4f}"]
+
+
+@pytest.mark.parametrize("draw", [draw_roc, draw_precision_recall])
+def test_of_several_runs_each_has_its_own_line_and_none_that_of_a_mean(draw):
+    runs = {f"run {i}": scored(["a", "b", "c"], 30, seed=i) for i in range(6)}
+    lines = draw(runs).axes[0].get_legend().legend_handles
+    assert len({line.get_color() for line in lines} - {"#000000"}) == 6
+    assert len({line.get_linewidth() for line in lines}) == 1
 
 
 def test_operating_points_stand_where_they_came_out():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from engine.report import drawings, mistakes
 from engine.report.comparison import pair
 from engine.report.runs import read_run
 from tests.image_folders import write_folder
-from tests.report_runs import CLASSES, EPOCHS, write_run
+from tests.report_runs import CLASSES, EPOCHS, write_cross_validation, write_run
 
 HOSTILE = ("<script>alert(1)</script>", "a&b </style> \"x\" 'y' &lt;", "${7*7}{{7*7}}$")
 HOSTILE_FILE = 'test/"><img src=x onerror=alert(1)>&.png'
@@ -209,6 +210,80 @@ def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
     assert "Read with care" not in page
 
 
+def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path, undrawn):
+    path = write_cross_validation(tmp_path / "folds")
+    metrics = json.loads((path / "metrics.json").read_text())
+    page = make(tmp_path, path)
+    columns, *rows = table(page, "Figures of each fold")
+    keys = {"Accuracy": "accuracy", "Macro-F1": "macro_f1", "AUROC": "auroc_macro_ovr", "Brier": "brier"}
+    expected = [*metrics["folds"], *({k: v[part] for k, v in metrics["over_folds"].items()} for part in ("mean", "sd"))]
+    for row, figures in zip(rows, [*expected, metrics], strict=True):
+        shown = dict(zip(columns, row, strict=True))
+        assert {label: float(shown[label]) for label in keys} == {label: figures[key] for label, key in keys.items()}
+    assert [row[:2] for row in rows[:2] + rows[-1:]] == [["0", "60"], ["1", "60"], ["All images", "120"]]
+    assert "120 out of fold images" in page
+    assert page.index("need not be on one scale") < page.index('class="tiles"')
+    assert "temperature of its fold" in page
+    (point,) = [row for row in table(page, "Operating points")[1:] if row[0] == "malignant"]
+    (told,) = [point for point in metrics["operating_points"] if point["class"] == "malignant"]
+    assert float(point[4]) == told["sensitivity"]
+    assert ", ".join(f"{threshold:.3g}" for threshold in told["thresholds"]) in page
+    assert page.count("<svg></svg>") == 5
+    options = [row[0] for row in table(page, "Options that differ from the defaults")[1:]]
+    assert "--folds" in options
+    assert "--fold" not in options
+    for fold in range(2):
+        shutil.rmtree(path / f"fold{fold}")
+    assert run(report.main, [str(path), "--device", "cpu"]) == 0
+    alone = (path / "report.html").read_text()
+    assert table(alone, "Figures of each fold") == [columns, *rows]
+    assert "The images cannot be shown" in alone
+    assert "The runs of the folds are not here any more" in alone
+    assert "embedded digits" not in alone
+
+
+def test_each_mistake_of_a_cross_validation_is_explained_by_the_model_of_its_fold(tmp_path, monkeypatch):
+    path = write_cross_validation(tmp_path / "folds", images=tmp_path / "images")
+    asked = {}
+
+    def evidence(run_path, originals, predictions, images, device):
+        asked[run_path.name] = {predictions.files[i].split("/")[0] for i in images}
+        return {}
+
+    monkeypatch.setattr(mistakes, "_evidence", evidence)
+    found, remark = mistakes.find_mistakes(read_run(path, "folds"), torch.device("cpu"))
+    assert asked == {"fold0": {"fold0"}, "fold1": {"fold1"}}
+    assert (len(found), remark) == (12, "")
+    said = [float(mistake.probability) for mistake in found]
+    assert said == sorted(said, reverse=True)
+    shutil.rmtree(path / "fold1")
+    kept, remark = mistakes.find_mistakes(read_run(path, "folds"), torch.device("cpu"))
+    assert kept == [mistake for mistake in found if mistake.file.startswith("fold0/")]
+    assert "The images cannot be shown: folds/fold1" in remark
+
+
+def test_one_fold_is_a_run_like_any_other_and_an_unfinished_cross_validation_says_so(tmp_path, undrawn, capsys):
+    fold = write_run(tmp_path / "folds" / "fold0", folds=5, fold=0)
+    page = make(tmp_path, fold)
+    assert {"--folds": "5", "--fold": "0"}.items() <= {
+        row[0]: row[1] for row in table(page, "Options that differ from the defaults")[1:]
+    }.items()
+    assert "Figures of each fold" not in page
+    assert run(report.main, [str(tmp_path / "folds")]) == 2
+    assert "not all of its folds have finished; go on with engine.cross_validate" in capsys.readouterr().err
+
+
+def test_a_run_that_chose_on_the_test_images_has_their_curves(tmp_path, undrawn):
+    path = write_run(tmp_path / "run", select_on="test")
+    for file, old, new in (("summary.csv", "val_", "test_"), ("metrics.json", "{", '{"selected_on": "test",')):
+        (path / file).write_text((path / file).read_text().replace(old, new, -1 if old == "val_" else 1))
+    page = make(tmp_path, path)
+    columns, *rows = table(page, "Training by epoch")
+    assert "Test loss" in columns
+    assert float(rows[0][columns.index("Test loss")]) == 2.2
+    assert "The epoch was chosen on the test images." in page
+
+
 def test_runs_scored_on_other_images_are_compared_on_those_of_both(tmp_path, undrawn):
     first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
     rows = (second / "predictions.csv").read_text().splitlines(keepends=True)
@@ -307,6 +382,32 @@ def test_what_is_no_run_is_refused_with_a_way_out(tmp_path, capsys, prepare, mes
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "found", "put", "message"),
+    (
+        ("summary.csv", ",2.0,", ",two,", "summary.csv, line 2: train_loss is 'two', not the number"),
+        ("summary.csv", "epoch,", "time,", "summary.csv: has no column epoch"),
+        ("summary.csv", "\n1,", "\n1\n1,", "summary.csv, line 3: has other columns than the first line"),
+        ("sampling.csv", "\n0,", "\nx,", "sampling.csv, line 2: epoch is 'x'"),
+        ("sampling.csv", ",drawn", ",taken", "sampling.csv: has no column drawn"),
+        ("sampling.csv", ",20.0,", ",nan,", "sampling.csv, line 2: expected is 'nan'"),
+    ),
+)
+def test_a_damaged_table_is_named_with_a_way_out(hostile, tmp_path, capsys, file, found, put, message):
+    path = tmp_path / "run"
+    shutil.copytree(hostile, path)
+    text = (path / file).read_text()
+    assert found in text
+    (path / file).write_text(text.replace(found, put, 1))
+    assert run(report.main, [str(path), "--no-images"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.endswith("mend it, or remove it, and the page goes without\n")
+    assert error.count("\n") == 1
+    (path / file).unlink()
+    assert read_run(path, "run").metrics is not None
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):

@@ -54,6 +54,23 @@ def read_splits_folder(
     return train, val, test
 
 
+def find_split_names(root: Path, train: Samples, selection: Selection) -> str | None:
+    """A warning where class folders of ``root``, all of which is ``train``, are called as a split is.
+
+    None where there are none, and where ``--classes`` names them.
+    """
+    if selection.classes or selection.label_regex or (root / "train").is_dir():
+        return None
+    names = [name for name in train.class_names if name in (*VAL_NAMES, "test") and (root / name).is_dir()]
+    if not names:
+        return None
+    folders = " and ".join(str(root / name) for name in names)
+    return (
+        f"{folders}: without a train/ read as {'a class' if len(names) == 1 else 'classes'}; name the classes with "
+        f"--classes, or put their folders into {root / 'train'}"
+    )
+
+
 def read_test_folder(
     root: Path, class_names: tuple[str, ...], *, allow_links: bool = False, selection: Selection | None = None
 ) -> Samples:

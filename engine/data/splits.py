@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.data.array_sources import read_arrays
 from engine.data.arrays import relabel
 from engine.data.digits import dealt_order, write_digits
-from engine.data.folder import read_splits_folder, read_test_folder, require_folder
+from engine.data.folder import find_split_names, read_splits_folder, read_test_folder, require_folder
 from engine.data.folds import hold_out_fold, join
 from engine.data.held_out import TEST_METHODS, find_given_duplicates, take_test, take_validation, tie_duplicates
 from engine.data.listing import relative_names
@@ -107,6 +107,8 @@ def open_splits(
 
     remarks = [f"{selection.left_out} files left out by --exclude"] if selection.exclude else []
     warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
+    if csv is None and (read_as_class := find_split_names(folder, train, selection)):
+        warnings.append(read_as_class)
     if duplicates != "none":
         near = duplicates == "near"
         given = [part for part in (train, val, test) if part is not None]

@@ -55,4 +55,4 @@ def draw_precision_recall(
 
 def _text(curve: Curve) -> str:
     chance = "" if curve.prevalence is None else f" (chance {curve.prevalence:.2g})"
-    return f"{curve.area:.4f} {shortened(curve.name)}{chance}"
+    return f"{shortened(curve.name)}: {curve.area:.4f}{chance}"

@@ -57,7 +57,7 @@ def draw_roc(
 
 
 def _text(curve: Curve) -> str:
-    return f"{curve.area:.4f} {shortened(curve.name)}"
+    return f"{shortened(curve.name)}: {curve.area:.4f}"
 
 
 def _point_text(point: Mapping[str, Any]) -> str:

@@ -29,12 +29,12 @@ LINES: tuple[tuple[str, str | tuple[int, tuple[float, ...]]], ...] = (
     (PURPLE, (0, (1, 1))),
     (ORANGE, (0, (8, 2))),
     (SKY, (0, (3, 1, 1, 1, 1, 1))),
-    (BLACK, (0, (2, 2))),
+    (PURPLE, "-"),
     (BLUE, (0, (1, 2.5))),
     (VERMILION, "-"),
     (GREEN, (0, (3, 3))),
 )
-"""Colour and dashes of the first, second, ... line."""
+"""Colour and dashes of the first, second, ... line; black is left to a mean."""
 
 TEXT_SIZE = 9.0
 _EM = 0.62  # of the font's size: the mean width of a character, a Chinese one is two

@@ -30,6 +30,13 @@ def run_cautions(run: ReportedRun) -> list[Caution]:
             f"what there is. python -m engine.train --resume {run.path.resolve().name} goes on."
         )
         return [("This run has not finished.", text)]
+    if run.is_cross_validation:
+        text = (
+            "Each image was scored by the model of its fold, which has not seen it. What is counted, such as accuracy "
+            "and F1, is best taken of all images together. AUROC and average precision of all together also compare "
+            "scores of different models, which need not be on one scale; their mean over the folds does not."
+        )
+        return [(f"These are the figures of {len(run.metrics['folds'])} models.", text)]
     if selecting_split(run.metrics) == "test":
         text = (
             "Each epoch was scored on them and the best one kept, so that these figures are higher than those of "

@@ -10,18 +10,8 @@ from engine.errors import UserError
 from engine.mcnemar import McNemar, compare_predictions
 from engine.predictions import Predictions
 from engine.report.runs import ReportedRun
-from engine.report.tables import DASH, FIGURES, Cell, Table, name, number, words
+from engine.report.tables import DASH, FIGURES, MAIN_FIGURES, Cell, Table, name, number, words
 
-_COMPARED = {
-    "macro_f1": "Macro-F1",
-    "balanced_accuracy": "Balanced accuracy",
-    "accuracy": "Accuracy",
-    "auroc_macro_ovr": "AUROC",
-    "average_precision_macro": "AP",
-    "mcc": "MCC",
-    "ece": "ECE",
-    "brier": "Brier",
-}
 _LEVEL = 0.05
 
 
@@ -60,14 +50,14 @@ def figures_table(runs: Sequence[ReportedRun]) -> Table:
         metrics = run.metrics or {}
         scored = sum(map(sum, metrics["confusion_matrix"]))
         cells: list[Cell] = [name(run.name, f"{scored:,} {metrics['split']} images")]
-        for key in _COMPARED:
+        for key in MAIN_FIGURES:
             cell = number(metrics.get(key), metrics.get("intervals", {}).get(key))
             if run is not runs[0] and metrics.get(key) is not None and first.get(key) is not None:
                 difference = f"{metrics[key] - first[key]:+.4f}".replace("-", "\N{MINUS SIGN}")
                 cell = replace(cell, difference=difference)
             cells.append(cell)
         rows.append(cells)
-    return Table("Figures of the runs", ("Run", *_COMPARED.values()), rows)
+    return Table("Figures of the runs", ("Run", *MAIN_FIGURES.values()), rows)
 
 
 def recall_table(runs: Sequence[ReportedRun]) -> Table:

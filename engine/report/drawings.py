@@ -78,7 +78,7 @@ def draw_reliability_diagram(predictions: Predictions, metrics: Mapping[str, Any
 
 
 def draw_own_curves(run: ReportedRun) -> Picture | None:
-    chosen = run.metrics["epoch"] if run.metrics else None
+    chosen = run.metrics.get("epoch") if run.metrics else None
     return as_picture(draw_curves(run.history, chosen=chosen)) if run.history else None
 
 

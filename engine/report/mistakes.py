@@ -7,6 +7,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,23 +61,40 @@ def find_mistakes(run: ReportedRun, device: torch.device) -> tuple[list[Mistake]
     worst = worst_mistakes(predictions, SHOWN)
     if not worst:
         return [], "There is none: every image was recognised."
+    found: dict[int, Mistake] = {}
     remarks: list[str] = []
-    try:
-        _, config = read_trained(str(run.path))
-        originals = Originals(config)
-    except UserError as error:
-        return [], without_folders(f"The images cannot be shown: {error}.", run.args)
-    images, reasons = _read(originals, predictions, worst)
+    reasons: list[str] = []
+    for path, rows in _models(run, predictions, worst).items():
+        try:
+            _, config = read_trained(str(path))
+            originals = Originals(config)
+        except UserError as error:
+            remarks.append(f"The images cannot be shown: {error}.")
+            continue
+        images, unread = _read(originals, predictions, rows)
+        reasons += unread
+        evidence: dict[int, Thumbnail] = {}
+        try:
+            evidence = _evidence(path, originals, predictions, images, device) if images else {}
+        except UserError as error:
+            remarks.append(f"There is no Grad-CAM: {str(error).removeprefix('Grad-CAM: ')}.")
+        found |= {i: _mistake(predictions, i, image, evidence.get(i)) for i, image in images.items()}
     if reasons:
-        missing = f"{len(reasons)} of the {len(worst)} worst mistakes cannot be shown: {reasons[0]}."
-        remarks.append(without_folders(missing, run.args))
-    evidence: dict[int, Thumbnail] = {}
-    try:
-        evidence = _evidence(run, originals, predictions, images, device) if images else {}
-    except UserError as error:
-        remarks.append(without_folders(f"There is no Grad-CAM: {str(error).removeprefix('Grad-CAM: ')}.", run.args))
-    mistakes = [_mistake(predictions, i, image, evidence.get(i)) for i, image in images.items()]
-    return mistakes, " ".join(remarks)
+        remarks.insert(0, f"{len(reasons)} of the {len(worst)} worst mistakes cannot be shown: {reasons[0]}.")
+    remark = without_folders(" ".join(remarks), run.args)
+    if run.path.is_absolute():
+        remark = remark.replace(str(run.path), run.path.name)
+    return [found[i] for i in worst if i in found], remark
+
+
+def _models(run: ReportedRun, predictions: Predictions, rows: Sequence[int]) -> dict[Path, list[int]]:
+    """The run whose model scored each image: of a cross-validation that of the image's fold."""
+    if predictions.folds is None:
+        return {run.path: list(rows)}
+    models: dict[Path, list[int]] = {}
+    for i in rows:
+        models.setdefault(run.fold_path(predictions.folds[i]), []).append(i)
+    return models
 
 
 def _read(
@@ -93,7 +111,7 @@ def _read(
 
 
 def _evidence(
-    run: ReportedRun,
+    path: Path,
     originals: Originals,
     predictions: Predictions,
     images: dict[int, Thumbnail],
@@ -103,7 +121,7 @@ def _evidence(
 
     Raises UserError where the model gives none.
     """
-    checkpoint, _ = read_trained(str(run.path))
+    checkpoint, _ = read_trained(str(path))
     # a handful of images are as fast unfused, which asks nothing of the machine
     config = dataclasses.replace(originals.config, fused_se=False)
     model, heads = restore(checkpoint, config, device)

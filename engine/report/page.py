@@ -48,6 +48,7 @@ class Scores:
     split: str
     in_sample: bool
     temperature: float | None
+    folds: Table | None = None
     positive: str | None = None
     binary: Table | None = None
     operating: Table | None = None
@@ -174,7 +175,7 @@ def _view(run: ReportedRun, prefix: str, mistakes: Sequence[Mistake], mistakes_r
         data=data_name(run.args),
         split=scored_split(metrics),
         selected_on=selecting_split(metrics),
-        epoch=metrics["epoch"] if metrics else None,
+        epoch=metrics.get("epoch") if metrics else None,
         chosen_by=str(run.args.get("eval_metric", "macro_f1")).replace("_", " "),
         images=sum(map(sum, metrics["confusion_matrix"])) if metrics else 0,
         started=str(run.about.get("started", "")),
@@ -210,6 +211,7 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
         split=scored_split(of_run),
         in_sample=scored_split(of_run) == "validation",
         temperature=metrics.get("temperature"),
+        folds=tables.folds_table(metrics),
         positive=metrics.get("positive_class"),
         binary=tables.binary_table(metrics) if binary else None,
         operating=tables.operating_table(metrics) if metrics.get("operating_points") else None,
@@ -251,6 +253,7 @@ def _contents_of_comparison(compared: ComparisonView) -> list[tuple[str, str, Se
 def _contents(view: RunView) -> list[tuple[str, str, Sequence[tuple[str, str]]]]:
     scores = view.scores
     sections = [
+        ("folds", "Folds", scores and scores.folds),
         ("positive", "Positive class", scores and scores.binary),
         ("classes", "Classes", scores),
         ("thresholds", "Thresholds", scores and (scores.roc or scores.operating)),

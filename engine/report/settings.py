@@ -47,6 +47,8 @@ def differences_table(runs: Sequence[ReportedRun]) -> Table | None:
 
 def data_name(args: Mapping[str, Any]) -> str:
     """The data of a run by the last part of its name."""
+    if not args:
+        return "unknown"
     source = args.get("csv") or args.get("data_dir")
     return PurePath(str(source)).name if source else "embedded digits"
 

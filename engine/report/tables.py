@@ -30,6 +30,17 @@ FIGURES = {
     "loss": ("Loss", "mean of -log(probability of the truth), in nats; lower is better"),
     "brier": ("Brier score", "mean squared error of the probabilities; lower is better"),
 }
+MAIN_FIGURES = {
+    "macro_f1": "Macro-F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "auroc_macro_ovr": "AUROC",
+    "average_precision_macro": "AP",
+    "mcc": "MCC",
+    "ece": "ECE",
+    "brier": "Brier",
+}
+"""Those that stand side by side, under names that are short."""
 BINARY_FIGURES = {
     "recall": ("Sensitivity", "recall: share of its images that are found"),
     "specificity": ("Specificity", "share of the other images that are left alone"),
@@ -192,7 +203,7 @@ def operating_table(metrics: Mapping[str, Any]) -> Table:
         [
             name(point["class"]),
             number(point["wanted_sensitivity"], digits=2),
-            Cell(DASH) if point["threshold"] is None else Cell(f"{point['threshold']:.4g}", point["threshold"]),
+            _threshold(point),
             number(point["chosen_on"]),
             number(point["sensitivity"], point["sensitivity_interval"]),
             number(point["specificity"], point["specificity_interval"]),
@@ -201,6 +212,38 @@ def operating_table(metrics: Mapping[str, Any]) -> Table:
     ]
     columns = ("Class", "Wanted sensitivity", "Threshold", "Chosen on", "Sensitivity", "Specificity")
     return Table("Operating points", columns, rows)
+
+
+def _threshold(point: Mapping[str, Any]) -> Cell:
+    """Of a cross-validation each fold has its own."""
+    if point["threshold"] is not None:
+        return Cell(f"{point['threshold']:.4g}", point["threshold"])
+    of_folds = point.get("thresholds", [])
+    return Cell(DASH, below=", ".join(DASH if value is None else f"{value:.3g}" for value in of_folds))
+
+
+def folds_table(metrics: Mapping[str, Any]) -> Table | None:
+    """A row a fold of a cross-validation, below it their mean and spread and the figure of all images together."""
+    if "over_folds" not in metrics:
+        return None
+    folds, over = metrics["folds"], metrics["over_folds"]
+    keys = [key for key in MAIN_FIGURES if key in over]
+    rows = [
+        [
+            name(str(fold["fold"])),
+            number(fold["images"]),
+            number(fold.get("epoch")),
+            *(number(fold[key]) for key in keys),
+        ]
+        for fold in folds
+    ]
+    foot = [
+        [words(label), words(""), words(""), *(number(over[key][part]) for key in keys)]
+        for label, part in (("Mean", "mean"), ("SD", "sd"))
+    ]
+    images = number(sum(fold["images"] for fold in folds))
+    foot.append([words("All images"), images, words(""), *(number(metrics.get(key)) for key in keys)])
+    return Table("Figures of each fold", ("Fold", "Images", "Epoch", *(MAIN_FIGURES[key] for key in keys)), rows, foot)
 
 
 def calibration_table(metrics: Mapping[str, Any]) -> Table | None:
