@@ -35,6 +35,8 @@ HEAVY = (
     "test_instruction_sets",
 )
 
+LOOK_AT_PICTURES = ("test_heads", "test_run_directory", "test_train")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # by which xdist begins with the files of the most tests, however short
@@ -58,3 +60,14 @@ def checks_and_pixels_are_kept_elsewhere(tmp_path_factory):
     for name in ("engine.data.verdicts", "engine.data.decoded"):
         if name in sys.modules:
             sys.modules[name].cache_folder = lambda: folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_are_drawn_where_they_are_looked_at(request):
+    """A tiny run takes less time to train than to draw."""
+    if "engine.run" not in sys.modules or request.module.__name__.rpartition(".")[2] in LOOK_AT_PICTURES:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["engine.run"].RunDirectory, "write_pictures", lambda *_: None)
+        yield
