@@ -316,6 +316,11 @@ class Config:
         self._require_what_goes_together()
 
     def _require_what_goes_together(self) -> None:
+        if self.test_method != "stratified" and not self.test_fraction:
+            raise UserError(
+                f"--test-method {self.test_method} does nothing without --test-fraction; add --test-fraction 0.2, or "
+                "leave it out"
+            )
         if self.folds is None and self.fold is not None:
             raise UserError(f"--fold {self.fold} does nothing without --folds; say of how many, or leave it out")
         if self.folds is not None and (self.fold is None or not 0 <= self.fold < self.folds):

@@ -159,6 +159,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--eval-metric", "vibes"), "--eval-metric vibes"),
         (("--eval-metric", "f1", "--recipe", "digits"), "--eval-metric f1: only for two classes"),
         (("--val-fraction", "1.5"), "--val-fraction 1.5"),
+        (("--test-method", "first"), "--test-method first does nothing without --test-fraction"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
         (("--device", "tpu"), "--device tpu"),
         (("--loss", "hinge"), "--loss"),
