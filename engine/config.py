@@ -272,6 +272,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "csv", "val_csv", "test_csv", "pretrained_path"):
+            if getattr(self, name) == "":  # an unset variable of the shell, which would become the current folder
+                raise UserError(f"{spelled(name)} is empty: name a file or folder")
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")

@@ -33,6 +33,9 @@ def main(argv: list[str] | None) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.json holds, for the checkpoint and the images that the command line names."""
+    for flag, given in (("--data-dir", args.data_dir), ("--csv", args.csv)):
+        if given == "":
+            raise UserError(f"{flag} is empty: name a file or folder")
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
     config = dataclasses.replace(config, sensitivity=tuple(args.sensitivity))

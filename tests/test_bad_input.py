@@ -131,6 +131,7 @@ def test_file_that_is_no_checkpoint(capsys, tmp_path, good):
 def test_evaluating_classes_the_model_does_not_know(capsys, tmp_path, finished):
     write_image(tmp_path / "images" / "green" / "0.png", COLOURS["green"], seed=0)
     line = refused(capsys, [str(finished), "--data-dir", str(tmp_path / "images")], evaluate.main)
+    assert "--data-dir is empty" in refused(capsys, [str(finished), "--data-dir", ""], evaluate.main)
     assert "'green'" in line
     assert "blue, red" in line
 
@@ -159,6 +160,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--eval-metric", "vibes"), "--eval-metric vibes"),
         (("--eval-metric", "f1", "--recipe", "digits"), "--eval-metric f1: only for two classes"),
         (("--val-fraction", "1.5"), "--val-fraction 1.5"),
+        (("--data-dir", ""), "--data-dir is empty: name a file or folder"),
         (("--test-method", "first"), "--test-method first does nothing without --test-fraction"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
         (("--device", "tpu"), "--device tpu"),
