@@ -299,8 +299,9 @@ class Config:
         self._require(0 < self.layer_decay <= 1, "layer_decay", "above 0 and at most 1")
         for name in ("lr", "clip_grad", "early_stopping_patience", "unfreeze_epochs"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
-        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed", "drw_epoch"):
+        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "drw_epoch"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63")
         self._require(
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )

@@ -163,6 +163,7 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--data-dir", ""), "--data-dir is empty: name a file or folder"),
         (("--test-method", "first"), "--test-method first does nothing without --test-fraction"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
+        (("--seed", str(2**64)), "--seed 18446744073709551616 does not work: it must be at least 0 and below 2^63"),
         (("--device", "tpu"), "--device tpu"),
         (("--loss", "hinge"), "--loss"),
         (("--focal-gamma", "-1"), "--focal-gamma -1.0 does not work"),
