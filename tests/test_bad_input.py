@@ -121,8 +121,9 @@ def test_weights_of_another_model(capsys, tmp_path, good):
 
 
 def test_file_that_is_no_checkpoint(capsys, tmp_path, good):
-    (tmp_path / "noise.pt").write_bytes(b"noise")
-    assert "noise.pt" in refused(capsys, [str(tmp_path / "noise.pt")], evaluate.main)
+    for noise in (b"noise", b"junk", b"hello", b""):  # each fails in its own way
+        (tmp_path / "noise.pt").write_bytes(noise)
+        assert "noise.pt: not readable" in refused(capsys, [str(tmp_path / "noise.pt")], evaluate.main)
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     assert "not a checkpoint of engine.train" in refused(capsys, [str(tmp_path / "other.pt")], evaluate.main)
     assert "no such checkpoint" in refused(capsys, [str(tmp_path / "none.pt")], evaluate.main)
