@@ -255,6 +255,8 @@ def test_runs_of_other_options_or_images_are_not_pooled(finished, manifest, tmp_
     *kept, last = (tmp_path / "copy" / "fold2" / "predictions.csv").read_text().splitlines()
     (tmp_path / "copy" / "fold2" / "predictions.csv").write_text("\n".join(kept) + "\n")
     message = refused(*command(manifest, tmp_path / "copy"))
+    (tmp_path / "copy" / "fold1" / "metrics.json").write_text("{}")
+    assert "metrics.json: not the figures of a run; remove it" in refused(*command(manifest, tmp_path / "copy"))
     assert f"1 of 36 images are in no predictions.csv, such as {last.split(',')[0]}; remove" in message
 
 
