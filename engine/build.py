@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config import Config
+from engine.config import Config, spelled
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
+from engine.data.samples import shorten
 from engine.data.selection import Selection
 from engine.device import Precision
 from engine.errors import UserError
 from engine.fusion import fuse
+from engine.head_specs import read_head_specs
 from engine.heads import Heads
 from engine.models import create_model, load_pretrained
 
@@ -25,10 +27,8 @@ def open_data(config: Config) -> Splits:
     Prints what may not have been meant. Raises UserError where --num-classes is not theirs, or there are no images of
     the set that the best epoch is to be chosen on.
     """
-    if not (config.data_dir or config.csv) and not all(name.isdecimal() for name in config.classes):
-        raise UserError(
-            f"there are no classes {', '.join(config.classes)} in the embedded digits: name --data-dir or --csv"
-        )
+    if not (config.data_dir or config.csv):
+        _require_digits(config)
     splits = open_splits(
         data_dir=config.data_dir,
         csv=config.csv,
@@ -61,6 +61,22 @@ def open_data(config: Config) -> Splits:
             f"({', '.join(splits.train.class_names[:10])}{', ...' if classes > 10 else ''}); leave the flag out"
         )
     return splits
+
+
+def _require_digits(config: Config) -> None:
+    """Raises UserError where what is asked for, as by a recipe, is nothing of the embedded digits."""
+    of_heads = {
+        name
+        for spec in read_head_specs(config.heads).values()
+        for merged in (spec.classes or {}).values()
+        for name in merged
+    }
+    unknown = [name for name in (*config.classes, *sorted(of_heads)) if not name.isdecimal()]
+    if unknown:
+        raise UserError(f"there are no classes {shorten(unknown)} in the embedded digits: name --data-dir or --csv")
+    for name in ("label_regex", "group_regex", "exclude"):
+        if getattr(config, name):
+            raise UserError(f"{spelled(name)} does not go with the embedded digits: name --data-dir or --csv")
 
 
 def make_selection(config: Config) -> Selection:

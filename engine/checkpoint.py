@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from engine.errors import UserError
 
 FORMAT = 1
+_OF_NO_PICKLE = (struct.error, LookupError, TypeError, AttributeError)  # by bytes that are taken for opcodes
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -41,8 +43,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, *_OF_NO_PICKLE) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: not readable as a checkpoint ({reason}); name another one") from error
     if not isinstance(state, dict) or "format" not in state or "model" not in state:
         raise UserError(f"{path}: not a checkpoint of engine.train; for a weight file use --pretrained-path")

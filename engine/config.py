@@ -272,6 +272,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "csv", "val_csv", "test_csv", "pretrained_path"):
+            if getattr(self, name) == "":  # an unset variable of the shell, which would become the current folder
+                raise UserError(f"{spelled(name)} is empty: name a file or folder")
             if getattr(self, name) is not None:  # a run can be resumed and scored from anywhere
                 setattr(self, name, str(Path(getattr(self, name)).expanduser().absolute()))
         self._require(all(0 < share <= 1 for share in self.sensitivity), "sensitivity", "above 0 and at most 1")
@@ -297,8 +299,9 @@ class Config:
         self._require(0 < self.layer_decay <= 1, "layer_decay", "above 0 and at most 1")
         for name in ("lr", "clip_grad", "early_stopping_patience", "unfreeze_epochs"):
             self._require(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
-        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "seed", "drw_epoch"):
+        for name in ("weight_decay", "momentum", "warmup_epochs", "min_lr", "drw_epoch"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._require(0 <= self.seed < 2**63, "seed", "at least 0 and below 2^63")
         self._require(
             self.warmup_epochs < self.epochs or self.warmup_epochs == 0, "warmup_epochs", "fewer than --epochs"
         )
@@ -316,6 +319,11 @@ class Config:
         self._require_what_goes_together()
 
     def _require_what_goes_together(self) -> None:
+        if self.test_method != "stratified" and not self.test_fraction:
+            raise UserError(
+                f"--test-method {self.test_method} does nothing without --test-fraction; add --test-fraction 0.2, or "
+                "leave it out"
+            )
         if self.folds is None and self.fold is not None:
             raise UserError(f"--fold {self.fold} does nothing without --folds; say of how many, or leave it out")
         if self.folds is not None and (self.fold is None or not 0 <= self.fold < self.folds):

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def cross_validate(config: Config) -> dict[str, Any]:
     top = RunDirectory(Path(config.output))
     if (top.path / "args.yaml").exists():
         raise UserError(f"--output {top.path}: holds a run of engine.train; name another directory")
+    _require_own(top.path, config)
     runs = [
         dataclasses.replace(config, fold=fold, output=str(top.path / f"fold{fold}")) for fold in range(config.folds)
     ]
@@ -77,6 +79,23 @@ def cross_validate(config: Config) -> dict[str, Any]:
     title = f"{len(predictions.files)} images of {config.folds} folds, each scored by the model that has not seen it:"
     print(f"\n{title}\n\n{format_reports(metrics)}\n\nwritten to {top.path}")
     return metrics
+
+
+def _require_own(path: Path, config: Config) -> None:
+    """Raises UserError where the directory holds what is not of this cross-validation or a report of it."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path}: is a file; name a directory")
+    if config.data_dir is not None and path.resolve() == Path(config.data_dir).resolve():
+        raise UserError(f"--output {path}: is the folder of the images; name another directory")
+    found = sorted(own.name for own in path.glob("[!.]*"))
+    folds = {f"fold{fold}" for fold in range(config.folds or 0)}
+    results = ("metrics.json", "predictions.csv", "predictions_*.csv", "*.html") if folds & set(found) else ()
+    for name in found:
+        if name not in folds and not any(fnmatchcase(name, result) for result in results):
+            raise UserError(
+                f"--output {path}: holds {name}, which is not of a cross-validation of {config.folds} folds there; "
+                "name another directory"
+            )
 
 
 def _train(config: Config) -> None:

@@ -33,6 +33,9 @@ def main(argv: list[str] | None) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """What metrics.json holds, for the checkpoint and the images that the command line names."""
+    for flag, given in (("--data-dir", args.data_dir), ("--csv", args.csv)):
+        if given == "":
+            raise UserError(f"{flag} is empty: name a file or folder")
     device = pick_device(args.device)
     checkpoint, config = open_trained(args)
     config = dataclasses.replace(config, sensitivity=tuple(args.sensitivity))
@@ -74,8 +77,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         sensitivities=config.sensitivity,
         head_temperatures=checkpoint.get("head_temperatures"),
     )
-    # an epoch that the command line names was not chosen by the run
-    chosen_on = config.select_on if args.epoch is None else None
+    # an epoch that the command line names, by --epoch or as a file, was not chosen by the run
+    names_best = args.epoch is None and (Path(args.checkpoint).is_dir() or Path(args.checkpoint).name == "best.pt")
+    chosen_on = config.select_on if names_best else None
     return {"split": split, "epoch": checkpoint["epoch"], "selected_on": chosen_on, "tta": args.tta, **metrics}
 
 

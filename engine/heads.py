@@ -129,8 +129,14 @@ def open_heads(config: Config, samples: Samples) -> Heads | None:
     """
     tasks: dict[str, HeadTask] = {}
     for name, spec in read_head_specs(config.heads).items():
-        class_names = tuple(spec.classes) if spec.classes is not None else _column(samples, name, spec)[1]
-        tasks[name] = HeadTask(spec, class_names)
+        column, names, _ = _column(samples, name, spec)
+        for class_name, merged in (spec.classes or {}).items():
+            if not set(merged) & set(names):
+                raise UserError(
+                    f"heads: {name}: {column} holds nothing of class {class_name} ({shorten(merged)}); "
+                    f"it holds {shorten(names)}"
+                )
+        tasks[name] = HeadTask(spec, tuple(spec.classes) if spec.classes is not None else names)
         if spec.when is not None and spec.when[1] not in tasks[spec.when[0]].class_names:
             known = shorten(tasks[spec.when[0]].class_names)
             raise UserError(f"heads: {name}: when: {spec.when[0]} has no class {spec.when[1]} (its classes: {known})")
@@ -228,12 +234,6 @@ def _known_labels(name: str, task: HeadTask, column: str, names: Sequence[str]) 
                 raise UserError(f"heads: {name}: unknown {column} {value!r} (known: {known})")
     else:
         label_of = {v: label for label, merged in enumerate(task.spec.classes.values()) for v in merged}
-        for class_name, merged in task.spec.classes.items():
-            if not set(merged) & set(names):
-                raise UserError(
-                    f"heads: {name}: {column} holds nothing of class {class_name} ({shorten(merged)}); "
-                    f"it holds {shorten(names)}"
-                )
     return np.array([*(label_of.get(value, NO_LABEL) for value in names), NO_LABEL], dtype=np.int64)
 
 

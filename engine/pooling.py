@@ -52,11 +52,17 @@ def read_fold(run_dir: Path, number: int) -> Fold:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); remove it, and go on with --resume {run_dir}") from error
+    if not _has_figures(metrics) or not all(map(_has_figures, metrics.get("heads", {}).values())):
+        raise UserError(f"{path}: not the figures of a run; remove it, and go on with --resume {run_dir}")
     heads = {
         name: Fold(number, read_predictions(run_dir / f"predictions_{name}.csv"), of_head)
         for name, of_head in metrics.get("heads", {}).items()
     }
     return Fold(number, read_predictions(run_dir / "predictions.csv"), metrics, heads)
+
+
+def _has_figures(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and "temperature" in metrics
 
 
 def pooled_predictions(folds: Sequence[Fold]) -> Predictions:

@@ -121,8 +121,9 @@ def test_weights_of_another_model(capsys, tmp_path, good):
 
 
 def test_file_that_is_no_checkpoint(capsys, tmp_path, good):
-    (tmp_path / "noise.pt").write_bytes(b"noise")
-    assert "noise.pt" in refused(capsys, [str(tmp_path / "noise.pt")], evaluate.main)
+    for noise in (b"noise", b"junk", b"hello", b""):  # each fails in its own way
+        (tmp_path / "noise.pt").write_bytes(noise)
+        assert "noise.pt: not readable" in refused(capsys, [str(tmp_path / "noise.pt")], evaluate.main)
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     assert "not a checkpoint of engine.train" in refused(capsys, [str(tmp_path / "other.pt")], evaluate.main)
     assert "no such checkpoint" in refused(capsys, [str(tmp_path / "none.pt")], evaluate.main)
@@ -131,6 +132,7 @@ def test_file_that_is_no_checkpoint(capsys, tmp_path, good):
 def test_evaluating_classes_the_model_does_not_know(capsys, tmp_path, finished):
     write_image(tmp_path / "images" / "green" / "0.png", COLOURS["green"], seed=0)
     line = refused(capsys, [str(finished), "--data-dir", str(tmp_path / "images")], evaluate.main)
+    assert "--data-dir is empty" in refused(capsys, [str(finished), "--data-dir", ""], evaluate.main)
     assert "'green'" in line
     assert "blue, red" in line
 
@@ -159,7 +161,10 @@ def test_metrics_file_is_not_overwritten(capsys, tmp_path, finished):
         (("--eval-metric", "vibes"), "--eval-metric vibes"),
         (("--eval-metric", "f1", "--recipe", "digits"), "--eval-metric f1: only for two classes"),
         (("--val-fraction", "1.5"), "--val-fraction 1.5"),
+        (("--data-dir", ""), "--data-dir is empty: name a file or folder"),
+        (("--test-method", "first"), "--test-method first does nothing without --test-fraction"),
         (("--warmup-epochs", "9"), "--warmup-epochs 9"),
+        (("--seed", str(2**64)), "--seed 18446744073709551616 does not work: it must be at least 0 and below 2^63"),
         (("--device", "tpu"), "--device tpu"),
         (("--loss", "hinge"), "--loss"),
         (("--focal-gamma", "-1"), "--focal-gamma -1.0 does not work"),

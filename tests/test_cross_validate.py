@@ -234,6 +234,16 @@ def test_runs_of_other_options_or_images_are_not_pooled(finished, manifest, tmp_
     assert "fold0 has 0.02; take that, or name another --output" in refused(*same, "--lr", "0.1")
     assert "holds a run of engine.train" in refused(*same[:-1], str(finished / "fold0"))
     assert "required: --folds" in refused("--csv", str(manifest))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "predictions.csv").write_text("mine\n")
+    assert "mine: holds predictions.csv, which is not of" in refused(*command(manifest, tmp_path / "mine"))
+    (tmp_path / "mine" / "fold0").mkdir()
+    (tmp_path / "mine" / "fold3").mkdir()
+    assert "mine: holds fold3, which is not of" in refused(*command(manifest, tmp_path / "mine"))
+    assert "is the folder of the images" in refused(
+        *command(manifest, manifest.parent), "--data-dir", str(manifest.parent)
+    )
+    assert "blue, which is not of" in refused(*command(manifest, manifest.parent))
     others = write_manifest(tmp_path / "others")
     others.write_text("".join(line for line in others.open() if not line.startswith("blue/0.png")))
     assert "is not in fold 0 of these images: the run is of others" in refused(*command(others, finished))
@@ -245,6 +255,8 @@ def test_runs_of_other_options_or_images_are_not_pooled(finished, manifest, tmp_
     *kept, last = (tmp_path / "copy" / "fold2" / "predictions.csv").read_text().splitlines()
     (tmp_path / "copy" / "fold2" / "predictions.csv").write_text("\n".join(kept) + "\n")
     message = refused(*command(manifest, tmp_path / "copy"))
+    (tmp_path / "copy" / "fold1" / "metrics.json").write_text("{}")
+    assert "metrics.json: not the figures of a run; remove it" in refused(*command(manifest, tmp_path / "copy"))
     assert f"1 of 36 images are in no predictions.csv, such as {last.split(',')[0]}; remove" in message
 
 

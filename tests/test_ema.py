@@ -115,7 +115,10 @@ def test_the_average_is_what_is_scored_and_kept(finished, tmp_path):
         rows = list(csv.DictReader(file))
     best = json.loads((finished / "metrics.json").read_text())
     assert best["split"] == "validation"
-    for name, expected in (("last.pt", float(rows[-1]["val_loss"])), ("best.pt", best["loss"])):
+    kept = (("last.pt", float(rows[-1]["val_loss"]), None), ("best.pt", best["loss"], "validation"))
+    for name, expected, selected_on in kept:
         output = tmp_path / f"{name}.json"
         assert run(evaluate.main, [str(finished / name), "--output", str(output)]) == 0
-        assert json.loads(output.read_text())["loss"] == pytest.approx(expected, rel=1e-5), name
+        metrics = json.loads(output.read_text())
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-5), name
+        assert metrics["selected_on"] == selected_on

@@ -20,13 +20,13 @@ from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.command_line import read_recipe
 from engine.config import Config
-from engine.data import DATA_BACKENDS, Samples, make_loader
+from engine.data import DATA_BACKENDS, Samples, make_loader, open_samples
 from engine.data.samples import Head
 from engine.data.torchvision_loader import _Batches
 from engine.errors import UserError
 from engine.fusion import fuse
 from engine.head_specs import plain_specs, read_head_specs
-from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels
+from engine.heads import JointLoss, make_joint_criterion, open_heads, require_labels, restore_heads
 from engine.losses import make_criterion
 from engine.models import HeadShape, create_model, load_pretrained
 from engine.predictions import predictions_path, read_predictions
@@ -311,6 +311,21 @@ def test_labels_of_two_columns_of_a_manifest(tmp_path):
     require_labels(heads, splits)
     with pytest.raises(UserError, match="heads: kind: the validation images hold none of pre, pro"):
         require_labels(heads, replace(splits, val=splits.test.subset([0])))
+
+
+@pytest.mark.parametrize("kinds", (("pro", "pro"), ("pro", ""), ("", "")))
+def test_a_manifest_to_score_need_not_hold_every_class_of_a_head(tmp_path, kinds):
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", (9 * i, 0, 0), seed=i, size=(4, 4))
+    lines = [f"{i}.png,malignant,{kind}\n" for i, kind in enumerate(kinds)]
+    (tmp_path / "some.csv").write_text("filename,label,label_kind\n" + "".join(lines))
+    images = open_samples(("benign", "malignant"), csv=tmp_path / "some.csv")
+    for spec in ({}, {"classes": {"early": ["pre"], "late": ["pro", "pros"]}}):
+        config = Config(heads=plain_specs(read_head_specs({"diagnosis": {}, "kind": spec})))
+        names = {"diagnosis": ["benign", "malignant"], "kind": list(spec["classes"]) if spec else ["pre", "pro"]}
+        labels = restore_heads(config, names).labels(images)
+        assert labels["diagnosis"].tolist() == [1, 1]
+        assert labels["kind"].tolist() == [1 if kind else -1 for kind in kinds]
 
 
 @pytest.mark.parametrize(

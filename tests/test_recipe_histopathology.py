@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_patients_are_in_one_set_each_and_labels_are_those_of_the_names(finished
         assert part.class_names == ("0", "1")
         assert [f"class{label}.png" for label in part.labels] == [file.rpartition("_")[2] for file in part.files]
         assert set(part.groups) == {Path(file).parents[1].name for file in part.files}
+
+
+def test_patients_are_in_one_set_each_below_the_folder_of_the_archive_and_with_its_second_copy(patches, tmp_path):
+    archive = tmp_path / "archive"
+    for copy in (archive / patches.name, archive):
+        shutil.copytree(patches, copy, dirs_exist_ok=True)
+        splits = open_data(Config(**read_recipe("histopathology") | {"data_dir": str(archive)}))
+        sets = (splits.train, splits.val, splits.test)
+        found = [{Path(file).name.split("_")[0] for file in part.files} for part in sets]
+        assert sum(map(len, found)) == len(set.union(*found)) == len(PATIENTS)
 
 
 def test_figures_are_scikit_learns_and_evaluate_gives_the_same(finished, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.build import open_data
 from engine.command_line import RECIPES, about_recipe, read_recipe
 from engine.config import Config
 from engine.errors import UserError
@@ -17,6 +18,12 @@ def test_every_recipe_says_what_it_is_and_what_it_says_works(name):
     assert 20 < len(about) < 240
     assert "\n" not in about
     Config.from_mapping(read_recipe(name), name)
+
+
+@pytest.mark.parametrize("name", ("busi", "histopathology", "leukemia-multitask"))
+def test_a_recipe_for_other_images_asks_for_them(name):
+    with pytest.raises(UserError, match="the embedded digits: name --data-dir or --csv"):
+        open_data(Config.from_mapping(read_recipe(name), name))
 
 
 def test_a_recipe_overrides_the_one_that_it_is_based_on(tmp_path):

@@ -219,6 +219,7 @@ def test_a_test_set_that_is_given_is_taken_as_it_is_and_none_without_a_fraction(
         make_folder(tmp_path / part, {"a": 10, "b": 10})
     given = open_splits(data_dir=tmp_path, test_fraction=0.5)
     assert (len(given.train) + len(given.val), len(given.test)) == (20, 20)
+    assert given.description.endswith("; --test-fraction passed over")
     assert open_splits(data_dir=tmp_path / "train").test is None
     taken = open_splits(data_dir=tmp_path / "train", test_fraction=0.5, val_fraction=None)
     assert (len(taken.train), taken.val, len(taken.test)) == (10, None, 10)

@@ -113,18 +113,25 @@ def _samples(
         groups=tuple(str(row.group) for row in rows) if rows[0].group is not None else None,
         weights=_weights(path, rows) if rows[0].weight is not None else None,
         heads={
-            name: _head(path, rows, name, None if heads is None or name not in heads else heads[name].class_names)
+            name: _head(
+                path,
+                rows,
+                name,
+                None if heads is None or name not in heads else heads[name].class_names,
+                learnt=class_names is None,
+            )
             for name in rows[0].heads
         },
     )
 
 
-def _head(path: Path, rows: Sequence[Row], name: str, class_names: tuple[str, ...] | None) -> Head:
+def _head(path: Path, rows: Sequence[Row], name: str, class_names: tuple[str, ...] | None, *, learnt: bool) -> Head:
+    """``learnt``: by a model from these rows, which takes two labels, where a model can be scored on rows of one."""
     named = [i for i, row in enumerate(rows) if row.heads[name]]
     column = HEAD_PREFIX + name
     if class_names is None:
         class_names = sort_class_names(rows[i].heads[name] for i in named)
-        if len(class_names) < 2:
+        if learnt and len(class_names) < 2:
             raise UserError(f"{path}: column {column} needs at least two labels, and has {shorten(class_names) or '0'}")
     labels = np.full(len(rows), -1, dtype=np.int64)
     places = [f"{path}, {rows[i].place}, column {column}" for i in named]

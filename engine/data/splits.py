@@ -106,6 +106,7 @@ def open_splits(
         train, val, test = train if val is None else join(train, val), None, None
 
     remarks = [f"{selection.left_out} files left out by --exclude"] if selection.exclude else []
+    remarks += ["--test-fraction passed over"] if test_fraction and (folds or test) else []
     warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
     if csv is None and (read_as_class := find_split_names(folder, train, selection)):
         warnings.append(read_as_class)
