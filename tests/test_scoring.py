@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from engine import evaluate, train
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
-from engine.data import DaliLoader, TorchvisionLoader
+from engine.data import DaliLoader, Splits, TorchvisionLoader
 from engine.device import Precision
 from engine.errors import UserError
+from engine.fingerprint import of_division
 from engine.predictions import Predictions, names_below, read_predictions, write_predictions
 from engine.scoring import score, score_images
 from tests.data_helpers import CPU, make_loader, make_samples
@@ -109,6 +112,8 @@ def test_evaluate_on_the_validation_images_reports_their_temperature(finished, f
 
     final_metrics = evaluate.final_metrics
     monkeypatch.setattr(evaluate, "open_data", without_test)
+    division = load_checkpoint(finished / "best.pt")["division"]
+    monkeypatch.setattr(evaluate.fingerprint, "of_division", lambda splits: division)
     monkeypatch.setattr(evaluate, "final_metrics", remember)
     output = tmp_path / "validation.json"
     assert run(evaluate.main, [str(finished), "--sensitivity", "0.5", "--output", str(output)]) == 0
@@ -130,6 +135,32 @@ def test_mirrored_images_are_averaged_where_asked(finished, tmp_path):
     metrics = metrics_of(tmp_path / "hflip.json")
     assert (metrics["tta"], metrics["temperature"]) == ("hflip", None)
     assert "calibrated" not in metrics
+
+
+def test_a_folder_that_has_grown_is_not_divided_again_and_called_test(finished, folder, tmp_path, capsys):
+    """The new division of what the run was trained on would hand some of it to the images that it is scored on."""
+    grown = shutil.copytree(folder, tmp_path / "grown")
+    checkpoint = load_checkpoint(finished / "best.pt")
+    checkpoint["args"]["data_dir"] = str(grown)
+    moved = tmp_path / "best.pt"
+    save_checkpoint(moved, {k: v for k, v in checkpoint.items() if k != "format"})
+    again = tmp_path / "again.json"
+    assert run(evaluate.main, [str(moved), "--output", str(again)]) == 0
+    assert metrics_of(again)["accuracy"] == metrics_of(finished / "metrics.json")["accuracy"]
+    shutil.copy(grown / "train" / "blue" / "000.png", grown / "train" / "blue" / "new.png")
+    capsys.readouterr()
+    assert run(evaluate.main, [str(moved), "--sensitivity", "0.8"]) == 2
+    assert "not the images that the run was divided from" in capsys.readouterr().err
+    assert run(evaluate.main, [str(moved), "--data-dir", str(grown)]) == 0
+
+
+def test_the_order_of_a_manifest_is_no_other_division(tmp_path):
+    images = make_samples(tmp_path, (4, 4))
+    splits = Splits(images.subset(range(6)), images.subset((6, 7)), None, "")
+    turned = replace(splits, train=images.subset(range(5, -1, -1)))
+    assert of_division(turned) == of_division(splits)
+    other = replace(splits, train=images.subset((0, 1, 2, 3, 4, 7)), val=images.subset((6, 5)))
+    assert of_division(other) != of_division(splits)
 
 
 def test_files_are_not_overwritten_and_shares_are_shares(finished, tmp_path, capsys):
