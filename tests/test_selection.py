@@ -186,6 +186,28 @@ def test_a_patient_in_two_given_sets_is_refused(tmp_path):
         open_splits(data_dir=tmp_path, selection=Selection(group_regex=r"p(\d)_"))
 
 
+def test_a_manifest_with_groups_and_a_pattern_for_them_is_refused(tmp_path):
+    make_folder(tmp_path, {"a": 2, "b": 2})
+    rows = [f"{label}/{i:03d}.png,{label},p{i}" for label in "ab" for i in range(2)]
+    manifest = write_manifest(tmp_path / "all.csv", *rows, header="filename,label,group")
+    with pytest.raises(UserError, match="--group-regex: the manifest has a column group itself"):
+        open_splits(csv=manifest, selection=Selection(group_regex="(.)/"))
+
+
+def test_each_manifests_names_are_searched_below_its_own_folder(tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, {f"{part}-{patient}": 2 for patient in "pq"})
+        rows = [f"{part}-{patient}/{i:03d}.png,{i}" for patient in "pq" for i in range(2)]
+        write_manifest(tmp_path / part / "all.csv", *rows)
+    splits = open_splits(
+        csv=tmp_path / "train" / "all.csv",
+        val_csv=tmp_path / "val" / "all.csv",
+        selection=Selection(group_regex="^([^/]+)/"),
+    )
+    assert splits.train.groups == ("train-p", "train-p", "train-q", "train-q")
+    assert splits.val.groups == ("val-p", "val-p", "val-q", "val-q")
+
+
 # A test set that is taken from train
 
 

@@ -96,8 +96,14 @@ def open_splits(
         found = _read_arrays(folder, selection) or read_splits_folder(
             folder, allow_links=allow_links, selection=selection
         )
+    folders = [
+        folder if data_dir is not None or path is None else Path(path).parent for path in (csv, val_csv, test_csv)
+    ]
     train = _grouped(found[0], folder, selection.group_regex)
-    val, test = (None if part is None else _grouped(part, folder, selection.group_regex) for part in found[1:])
+    val, test = (
+        None if part is None else _grouped(part, own, selection.group_regex)
+        for part, own in zip(found[1:], folders[1:], strict=True)
+    )
     _refuse_shared(train, val, test)
     origins = {"train": "", "val": "given", "test": ""}
     if folds is not None:
@@ -224,6 +230,8 @@ def _base(data_dir: StrPath | None) -> Path | None:
 def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples:
     if group_regex is None:
         return samples
+    if samples.groups is not None:
+        raise UserError("--group-regex: the manifest has a column group itself; leave one of the two out")
     groups = first_groups(group_regex, relative_names(samples, folder), "--group-regex")
     return replace(samples, groups=tuple(groups))
 
