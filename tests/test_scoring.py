@@ -23,7 +23,7 @@ from engine.device import Precision
 from engine.errors import UserError
 from engine.fingerprint import of_division
 from engine.predictions import Predictions, names_below, read_predictions, write_predictions
-from engine.scoring import score, score_images
+from engine.scoring import Scored, final_metrics, score, score_images
 from tests.data_helpers import CPU, make_loader, make_samples
 from tests.image_folders import write_folder
 
@@ -204,6 +204,14 @@ def test_a_file_lost_while_scoring_leaves_the_others_their_names(pipeline, tmp_p
         assert scored.files == tuple(samples.files[i] for i in kept)
         torch.testing.assert_close(scored.logits, whole.logits[kept], rtol=0, atol=0.05)  # pixels differ by a level
         assert torch.equal(scored.labels, whole.labels[kept])
+
+
+@pytest.mark.parametrize(("groups", "drawn"), (("pqrs", "image"), ("ppqr", "group")))
+def test_groups_of_one_image_each_are_no_groups(groups, drawn):
+    labels = torch.tensor([0, 0, 1, 1])
+    scored = Scored(tuple("abcd"), ("0", "1"), torch.eye(2).double()[labels], labels, groups=tuple(groups))
+    metrics = final_metrics(scored, None, split="test", temperature=None, sensitivities=())
+    assert (metrics["intervals_by"], metrics.get("groups")) == (drawn, 3 if drawn == "group" else None)
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path):
