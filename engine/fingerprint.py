@@ -22,10 +22,13 @@ def of_division(splits: Splits) -> dict[str, str]:
 
 def of_training(splits: Splits, config: Config) -> dict[str, str]:
     """Of what is trained on and what is chosen on, in their order, which decides what is drawn."""
-    return {
+    found = {
         "train": _digest(splits.train, in_order=True),
         SELECT_ON[config.select_on]: _digest(selected_on(splits, config), in_order=True),
     }
+    if splits.train.weights is not None:
+        found["weights"] = hashlib.sha256(repr(splits.train.weights.tolist()).encode()).hexdigest()
+    return found
 
 
 def _digest(samples: Samples, *, in_order: bool) -> str:

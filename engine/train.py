@@ -275,7 +275,7 @@ def _require_same_data(checkpoint: dict[str, Any], config: Config, splits: Split
         raise UserError(f"--resume {resume}: holds weights only; name the run directory, or use --pretrained-path")
     if checkpoint["data"] != fingerprint.of_training(splits, config):
         raise UserError(
-            f"--resume {resume}: the images or labels are not those that the run began with; "
+            f"--resume {resume}: the images, labels or weights are not those that the run began with; "
             f"put them back, or start a new run with --pretrained-path {resume}"
         )
 

@@ -18,10 +18,11 @@ from engine import evaluate, train
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
+from engine.config import Config
 from engine.data import DaliLoader, Splits, TorchvisionLoader
 from engine.device import Precision
 from engine.errors import UserError
-from engine.fingerprint import of_division
+from engine.fingerprint import of_division, of_training
 from engine.predictions import Predictions, names_below, read_predictions, write_predictions
 from engine.scoring import Scored, final_metrics, score, score_images
 from tests.data_helpers import CPU, make_loader, make_samples
@@ -161,6 +162,14 @@ def test_the_order_of_a_manifest_is_no_other_division(tmp_path):
     assert of_division(turned) == of_division(splits)
     other = replace(splits, train=images.subset((0, 1, 2, 3, 4, 7)), val=images.subset((6, 5)))
     assert of_division(other) != of_division(splits)
+
+
+def test_weights_are_of_what_a_run_goes_on_with_and_not_of_its_division(tmp_path):
+    images = replace(make_samples(tmp_path, (4, 4)), weights=np.ones(8))
+    splits = Splits(images, images.subset((6, 7)), None, "")
+    heavier = replace(splits, train=replace(images, weights=np.arange(8.0)))
+    assert of_division(heavier) == of_division(splits)
+    assert of_training(heavier, Config()) != of_training(splits, Config())
 
 
 def test_files_are_not_overwritten_and_shares_are_shares(finished, tmp_path, capsys):
