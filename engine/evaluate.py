@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine import fingerprint
 from engine.build import data_folder, make_eval_loader, make_selection, open_data, scored_folder, selected_on
 from engine.checkpoint import write_atomically
 from engine.cli import ArgumentParser, run
@@ -44,7 +45,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     class_names = tuple(checkpoint["class_names"])
     if config.heads and args.tta != "none":
         raise UserError(f"--tta {args.tta} does not go with a model with heads; leave it out")
-    split, samples = _images(args, config, class_names)
+    split, samples = _images(args, config, checkpoint)
     _require_free(args, config)
     samples = _readable(split, samples, config)
     model, heads = restore(checkpoint, config, device)
@@ -57,7 +58,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     scored = scored_images(samples)
     validation = scored if split == "validation" else None
     if config.sensitivity and validation is None:
-        held_out = _run_splits(config, class_names).val
+        held_out = _run_splits(config, checkpoint).val
         assert held_out is not None, "open_data refuses --sensitivity without"
         validation = scored_images(_readable("validation", held_out, config))
     if args.predictions:
@@ -92,19 +93,19 @@ def _require_free(args: argparse.Namespace, config: Config) -> None:
             free_file(str(predictions_path(Path(args.predictions), head)), flag="--predictions")
 
 
-def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ...]) -> tuple[str, Samples]:
+def _images(args: argparse.Namespace, config: Config, checkpoint: dict[str, Any]) -> tuple[str, Samples]:
     """What to score and its name: the images that were named, else the run's test split, else its validation split."""
     if args.data_dir or args.csv:
         name = str(Path(args.csv or args.data_dir).absolute())  # which is no "test" and no "validation"
         samples = open_samples(
-            class_names,
+            checkpoint["class_names"],
             data_dir=args.data_dir,
             csv=args.csv,
             allow_links=config.allow_links,
             selection=make_selection(config),
         )
     else:
-        splits = _run_splits(config, class_names)
+        splits = _run_splits(config, checkpoint)
         if splits.test is not None:
             name, samples = "test", splits.test
         else:
@@ -112,10 +113,17 @@ def _images(args: argparse.Namespace, config: Config, class_names: tuple[str, ..
     return name, samples
 
 
-def _run_splits(config: Config, class_names: tuple[str, ...]) -> Splits:
+def _run_splits(config: Config, checkpoint: dict[str, Any]) -> Splits:
+    """The run's own sets. Raises UserError where they are divided otherwise than when it began."""
     splits = open_data(config)
-    if splits.train.class_names != class_names:
+    if list(splits.train.class_names) != checkpoint["class_names"]:
         raise UserError(f"{splits.description}: its classes are not the model's; name images with --data-dir or --csv")
+    # checkpoints of before this was kept have none
+    if checkpoint.get("division", division := fingerprint.of_division(splits)) != division:
+        raise UserError(
+            f"{splits.description}: not the images that the run was divided from, so that some of its training images "
+            "may be among those to score; put them back, or name images with --data-dir or --csv"
+        )
     return splits
 
 

@@ -177,8 +177,8 @@ def final_metrics(
 ) -> dict[str, Any]:
     """What metrics.json holds beside where it comes from: `classification_metrics`, and
 
-    - ``intervals``: those of `engine.intervals`; ``intervals_by``, what was drawn for them, "image" or "group"; and
-      of groups their number as ``groups``.
+    - ``intervals``: those of `engine.intervals`; ``intervals_by``, what was drawn for them, "image" or, where some
+      have several images, "group"; and of groups their number as ``groups``.
     - ``temperature``: that of `engine.calibration`, None where there is none; and ``calibrated``, which is ``ece``,
       ``loss`` and ``brier`` at that temperature, unless ``split`` is the validation set that it was fitted on.
     - ``operating_points``: those of `engine.operating_points` for ``sensitivities``, chosen on ``validation``; where
@@ -188,10 +188,13 @@ def final_metrics(
     metrics = _metrics(scored)
     if scored.when:
         metrics["when"] = dict(scored.when)
-    metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names, groups=scored.groups)
-    metrics["intervals_by"] = "image" if scored.groups is None else "group"
-    if scored.groups is not None:
-        metrics["groups"] = len(set(scored.groups))
+    groups = scored.groups
+    if groups is not None and len(set(groups)) == len(groups):  # of one image each
+        groups = None
+    metrics["intervals"] = bootstrap_intervals(scored.logits, scored.labels, scored.class_names, groups=groups)
+    metrics["intervals_by"] = "image" if groups is None else "group"
+    if groups is not None:
+        metrics["groups"] = len(set(groups))
     metrics["temperature"] = temperature
     if temperature is not None and split != "validation":
         metrics["calibrated"] = probability_figures(scored.logits / temperature, scored.labels)
@@ -202,7 +205,7 @@ def final_metrics(
             scored.class_names,
             sensitivities,
             metrics.get("positive_class"),
-            scored.groups,
+            groups,
         )
     if scored.heads:
         metrics["heads"] = {

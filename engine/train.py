@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine import fingerprint
 from engine.build import (
     build_model,
     make_augmentation,
@@ -63,7 +62,7 @@ def train(
     precision = Precision(device, config.amp, config.amp_dtype)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
-    splits, left_out = _checked_data(config)
+    splits, left_out, division = _checked_data(config)
     checkpoint = _last_checkpoint(resume) if resume else None
     heads = checked_heads(config, splits)
     criterion_of = criterion_for(config, splits.train, heads, device)
@@ -97,7 +96,7 @@ def train(
         if best is None or improved:
             best = row
         _write_draws(run_dir, epoch, splits.train, train_loader)
-        _save(run_dir, config, splits, heads, training, history, best, improved)
+        _save(run_dir, config, splits, division, heads, training, history, best, improved)
         print(_epoch_line(row, config, improved))
         if on_epoch is not None:
             on_epoch(row)
@@ -161,8 +160,10 @@ def train_epoch(
     }
 
 
-def _checked_data(config: Config) -> tuple[Splits, list[BadFile]]:
+def _checked_data(config: Config) -> tuple[Splits, list[BadFile], dict[str, str]]:
+    """The images that can be read, those that cannot, and what tells the division of them all."""
     splits = open_data(config)
+    division = fingerprint.of_division(splits)
     splits, bad = drop_bad(splits, max_bad_fraction=config.max_bad_fraction, workers=config.workers)
     print(splits.description)
     for file in bad:
@@ -170,7 +171,7 @@ def _checked_data(config: Config) -> tuple[Splits, list[BadFile]]:
     for warning in (twice_corrected(config, splits.train.class_counts()), frozen_at_random(config)):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
-    return splits, bad
+    return splits, bad, division
 
 
 def _build(
@@ -221,6 +222,7 @@ def _save(
     run_dir: RunDirectory,
     config: Config,
     splits: Splits,
+    division: dict[str, str],
     heads: Heads | None,
     training: Training,
     history: list[Row],
@@ -233,6 +235,7 @@ def _save(
         "args": config.as_mapping(),
         "class_names": list(splits.train.class_names),
         "epoch": history[-1]["epoch"],
+        "division": division,
     }
     if heads is not None:
         about["heads"] = heads.class_names()
@@ -241,7 +244,7 @@ def _save(
         save_checkpoint(run_dir.best, weights)
     if config.keep_epochs:
         run_dir.save_epoch(history[-1]["epoch"], weights)
-    data = _fingerprint(splits, config)
+    data = fingerprint.of_training(splits, config)
     save_checkpoint(run_dir.last, {**state, **about, "history": history, "best": best, "data": data})
     run_dir.write_history(history)
 
@@ -257,18 +260,6 @@ def _write_draws(run_dir: RunDirectory, epoch: int, samples: Samples, loader: Lo
     run_dir.write_draws(epoch, samples.class_names, columns)
 
 
-def _fingerprint(splits: Splits, config: Config) -> dict[str, str]:
-    """Of the classes, and by name of what is trained on and chosen on; where the folder stands is left out."""
-
-    def digest(samples: Samples) -> str:
-        names = [Path(file).name for file in samples.files]
-        told: list[Any] = [samples.class_names, names, samples.labels.tolist()]
-        told += [(name, head.class_names, head.labels.tolist()) for name, head in samples.heads.items()]
-        return hashlib.sha256(repr(tuple(told)).encode()).hexdigest()
-
-    return {"train": digest(splits.train), SELECT_ON[config.select_on]: digest(selected_on(splits, config))}
-
-
 def _last_checkpoint(resume: str) -> dict[str, Any]:
     run_dir = RunDirectory.open(resume)
     if not run_dir.last.exists():
@@ -282,9 +273,9 @@ def _last_checkpoint(resume: str) -> dict[str, Any]:
 def _require_same_data(checkpoint: dict[str, Any], config: Config, splits: Splits, resume: str) -> None:
     if "history" not in checkpoint:
         raise UserError(f"--resume {resume}: holds weights only; name the run directory, or use --pretrained-path")
-    if checkpoint["data"] != _fingerprint(splits, config):
+    if checkpoint["data"] != fingerprint.of_training(splits, config):
         raise UserError(
-            f"--resume {resume}: the images or labels are not those that the run began with; "
+            f"--resume {resume}: the images, labels or weights are not those that the run began with; "
             f"put them back, or start a new run with --pretrained-path {resume}"
         )
 

@@ -22,6 +22,7 @@ from engine.metrics import METRIC_NAMES
 from engine.pooling import Fold, pooled_metrics
 from engine.predictions import Predictions, read_predictions
 from engine.run import RunDirectory
+from tests.data_helpers import make_folder
 from tests.image_folders import COLOURS, write_folder, write_image
 
 FLAGS = ("--model", "resnet18", "--img-size", "16", "-b", "12", "-j", "1", "--warmup-epochs", "0", "--opt", "momentum")
@@ -84,6 +85,18 @@ def test_what_cannot_be_divided_is_refused_for_every_fold():
             hold_out_fold(samples([0, 0, 1, 1, 2]), 2, fold, 0)
         with pytest.raises(UserError, match=r"class 'b' is in fold \d alone.* it has too few groups"):
             hold_out_fold(samples([0, 0, 0, 1, 1, 1], list("pqrsss")), 2, fold, 0)
+
+
+def test_folds_keep_a_patient_whole_whom_the_given_sets_share(tmp_path):
+    make_folder(tmp_path, {"a": 6, "b": 6})
+    rows = ["filename,label,split,group"]
+    rows += [f"{label}/{i:03d}.png,{label},{('train', 'val')[i % 2]},p{i // 2}" for label in "ab" for i in range(6)]
+    (tmp_path / "all.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(UserError, match="the group 'p0' is in both train and val"):
+        open_splits(csv=tmp_path / "all.csv")
+    splits = open_splits(csv=tmp_path / "all.csv", folds=3, val_fraction=0.5)
+    assert len(splits.test) == 4
+    assert set(splits.test.groups).isdisjoint((*splits.train.groups, *splits.val.groups))
 
 
 def write_manifest(folder: Path) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ from engine import evaluate, train
 from engine.calibration import fit_temperature
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
-from engine.data import DaliLoader, TorchvisionLoader
+from engine.config import Config
+from engine.data import DaliLoader, Splits, TorchvisionLoader
 from engine.device import Precision
 from engine.errors import UserError
+from engine.fingerprint import of_division, of_training
 from engine.predictions import Predictions, names_below, read_predictions, write_predictions
-from engine.scoring import score, score_images
+from engine.scoring import Scored, final_metrics, score, score_images
 from tests.data_helpers import CPU, make_loader, make_samples
 from tests.image_folders import write_folder
 
@@ -109,6 +113,8 @@ def test_evaluate_on_the_validation_images_reports_their_temperature(finished, f
 
     final_metrics = evaluate.final_metrics
     monkeypatch.setattr(evaluate, "open_data", without_test)
+    division = load_checkpoint(finished / "best.pt")["division"]
+    monkeypatch.setattr(evaluate.fingerprint, "of_division", lambda splits: division)
     monkeypatch.setattr(evaluate, "final_metrics", remember)
     output = tmp_path / "validation.json"
     assert run(evaluate.main, [str(finished), "--sensitivity", "0.5", "--output", str(output)]) == 0
@@ -130,6 +136,40 @@ def test_mirrored_images_are_averaged_where_asked(finished, tmp_path):
     metrics = metrics_of(tmp_path / "hflip.json")
     assert (metrics["tta"], metrics["temperature"]) == ("hflip", None)
     assert "calibrated" not in metrics
+
+
+def test_a_folder_that_has_grown_is_not_divided_again_and_called_test(finished, folder, tmp_path, capsys):
+    """The new division of what the run was trained on would hand some of it to the images that it is scored on."""
+    grown = shutil.copytree(folder, tmp_path / "grown")
+    checkpoint = load_checkpoint(finished / "best.pt")
+    checkpoint["args"]["data_dir"] = str(grown)
+    moved = tmp_path / "best.pt"
+    save_checkpoint(moved, {k: v for k, v in checkpoint.items() if k != "format"})
+    again = tmp_path / "again.json"
+    assert run(evaluate.main, [str(moved), "--output", str(again)]) == 0
+    assert metrics_of(again)["accuracy"] == metrics_of(finished / "metrics.json")["accuracy"]
+    shutil.copy(grown / "train" / "blue" / "000.png", grown / "train" / "blue" / "new.png")
+    capsys.readouterr()
+    assert run(evaluate.main, [str(moved), "--sensitivity", "0.8"]) == 2
+    assert "not the images that the run was divided from" in capsys.readouterr().err
+    assert run(evaluate.main, [str(moved), "--data-dir", str(grown)]) == 0
+
+
+def test_the_order_of_a_manifest_is_no_other_division(tmp_path):
+    images = make_samples(tmp_path, (4, 4))
+    splits = Splits(images.subset(range(6)), images.subset((6, 7)), None, "")
+    turned = replace(splits, train=images.subset(range(5, -1, -1)))
+    assert of_division(turned) == of_division(splits)
+    other = replace(splits, train=images.subset((0, 1, 2, 3, 4, 7)), val=images.subset((6, 5)))
+    assert of_division(other) != of_division(splits)
+
+
+def test_weights_are_of_what_a_run_goes_on_with_and_not_of_its_division(tmp_path):
+    images = replace(make_samples(tmp_path, (4, 4)), weights=np.ones(8))
+    splits = Splits(images, images.subset((6, 7)), None, "")
+    heavier = replace(splits, train=replace(images, weights=np.arange(8.0)))
+    assert of_division(heavier) == of_division(splits)
+    assert of_training(heavier, Config()) != of_training(splits, Config())
 
 
 def test_files_are_not_overwritten_and_shares_are_shares(finished, tmp_path, capsys):
@@ -173,6 +213,14 @@ def test_a_file_lost_while_scoring_leaves_the_others_their_names(pipeline, tmp_p
         assert scored.files == tuple(samples.files[i] for i in kept)
         torch.testing.assert_close(scored.logits, whole.logits[kept], rtol=0, atol=0.05)  # pixels differ by a level
         assert torch.equal(scored.labels, whole.labels[kept])
+
+
+@pytest.mark.parametrize(("groups", "drawn"), (("pqrs", "image"), ("ppqr", "group")))
+def test_groups_of_one_image_each_are_no_groups(groups, drawn):
+    labels = torch.tensor([0, 0, 1, 1])
+    scored = Scored(tuple("abcd"), ("0", "1"), torch.eye(2).double()[labels], labels, groups=tuple(groups))
+    metrics = final_metrics(scored, None, split="test", temperature=None, sensitivities=())
+    assert (metrics["intervals_by"], metrics.get("groups")) == (drawn, 3 if drawn == "group" else None)
 
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path):

@@ -87,6 +87,8 @@ def test_unknown_classes_are_named_with_the_known_ones(tmp_path):
             open_splits(**source, selection=Selection(classes=("health", "TB")))
     with pytest.raises(UserError, match=r"one class only \(tb\)"):
         open_splits(data_dir=tmp_path / "x", selection=Selection(classes=("tb",)))
+    with pytest.raises(UserError, match="--classes tb: classification needs at least two"):
+        open_splits(csv=manifest, selection=Selection(classes=("tb",)))
 
 
 def test_a_recipe_for_other_images_asks_for_them():
@@ -117,6 +119,10 @@ def test_a_pattern_that_empties_a_class_or_a_manifest_is_refused(tmp_path):
     manifest = write_manifest(tmp_path / "all.csv", "x/a/000.png,a", "x/b/000.png,b")
     with pytest.raises(UserError, match="--classes and --exclude leave no image"):
         open_splits(csv=manifest, selection=Selection(exclude=("*.png",)))
+    shutil.copy(tmp_path / "x" / "b" / "000.png", tmp_path / "x" / "b" / "other.png")
+    manifest = write_manifest(tmp_path / "some.csv", "x/a/000.png,a", "x/b/000.png,b", "x/b/other.png,b")
+    with pytest.raises(UserError, match="class 'a' holds no image to train on but what --exclude leaves out"):
+        open_splits(csv=manifest, selection=Selection(exclude=("0*.png",)))
 
 
 def test_split_and_verify_take_the_same_flags(tmp_path, capsys):
@@ -184,6 +190,40 @@ def test_a_patient_in_two_given_sets_is_refused(tmp_path):
             save_picture(tmp_path / part / label / f"p{patient}_0.png", seed=patient)
     with pytest.raises(UserError, match="the group '2' is in both train and test"):
         open_splits(data_dir=tmp_path, selection=Selection(group_regex=r"p(\d)_"))
+
+
+def test_a_manifest_with_groups_and_a_pattern_for_them_is_refused(tmp_path):
+    make_folder(tmp_path, {"a": 2, "b": 2})
+    rows = [f"{label}/{i:03d}.png,{label},p{i}" for label in "ab" for i in range(2)]
+    manifest = write_manifest(tmp_path / "all.csv", *rows, header="filename,label,group")
+    with pytest.raises(UserError, match="--group-regex: the manifest has a column group itself"):
+        open_splits(csv=manifest, selection=Selection(group_regex="(.)/"))
+
+
+def test_images_to_score_have_the_groups_that_all_their_names_tell(patches, capsys):
+    (patches / "q").mkdir()
+    selection = Selection(**OF_PATCHES)
+    samples = open_samples(("0", "1"), data_dir=patches, selection=selection)
+    assert samples.groups == tuple(Path(file).name[1] for file in samples.files)
+    shutil.copy(patches / "p0" / "0" / "p0_idx5_x0_class0.png", patches / "q" / "q_class1.png")
+    assert capsys.readouterr().err == ""
+    assert open_samples(("0", "1"), data_dir=patches, selection=selection).groups is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "each image counts for itself: --group-regex '^p(.)/': no match for 1 of 51 files: q/q_class1.png" in line
+
+
+def test_each_manifests_names_are_searched_below_its_own_folder(tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, {f"{part}-{patient}": 2 for patient in "pq"})
+        rows = [f"{part}-{patient}/{i:03d}.png,{i}" for patient in "pq" for i in range(2)]
+        write_manifest(tmp_path / part / "all.csv", *rows)
+    splits = open_splits(
+        csv=tmp_path / "train" / "all.csv",
+        val_csv=tmp_path / "val" / "all.csv",
+        selection=Selection(group_regex="^([^/]+)/"),
+    )
+    assert splits.train.groups == ("train-p", "train-p", "train-q", "train-q")
+    assert splits.val.groups == ("val-p", "val-p", "val-q", "val-q")
 
 
 # A test set that is taken from train
@@ -285,6 +325,16 @@ def test_duplicates_join_the_groups_that_they_are_in(tmp_path):
     assert told == "2 images in 1 set of duplicates kept on one side, 1 of them under several labels"
     alone, told = tie_duplicates(samples.subset([1, 2, 4]), ["x", "y", "z"], near=False, workers=1)
     assert (alone.groups, told) == (("p", "q", "r"), "no duplicates")
+
+
+def test_images_held_out_have_groups_only_where_duplicates_are_among_them(tmp_path):
+    make_folder(tmp_path, {"a": 10, "b": 10})
+    for label in "ab":
+        shutil.copy(tmp_path / label / "000.png", tmp_path / label / "copy.png")
+    splits = open_splits(data_dir=tmp_path, test_fraction=0.7, duplicates="identical")
+    assert {"a/000.png", "a/copy.png", "b/000.png", "b/copy.png"} <= names(splits.test, tmp_path)
+    assert len(set(splits.test.groups)) == len(splits.test) - 2
+    assert splits.val.groups is None
 
 
 def test_duplicates_that_given_sets_share_are_told(tmp_path):

@@ -82,13 +82,15 @@ class Selection:
     def of_samples(self, samples: Samples, source: object) -> Samples:
         """The part of a manifest or of arrays that counts, under the names of the classes that do.
 
-        Raises UserError at an unknown class, at ``label_regex``, and where no image is left.
+        Raises UserError at an unknown class, at a single one, at ``label_regex``, and where no image is left.
         """
         if self.label_regex is not None:
             raise UserError(f"--label-regex goes with a folder of images, and {source} has labels itself; leave it out")
         if not self.classes and not self.exclude:
             return samples
         class_names = sort_class_names(self.of_known(dict.fromkeys(samples.class_names), source))
+        if len(class_names) < 2:
+            raise UserError(f"--classes {class_names[0]}: classification needs at least two; name another one")
         new_label = np.array([class_names.index(n) if n in class_names else -1 for n in samples.class_names])
         labels = new_label[samples.labels]
         kept = set(self.kept(samples.files))
@@ -96,6 +98,15 @@ class Selection:
         if not chosen:
             raise UserError(f"{source}: --classes and --exclude leave no image of one of its sets")
         return replace(samples.subset(chosen), labels=labels[chosen], class_names=class_names)
+
+    def require_each_class(self, train: Samples, source: object) -> None:
+        """Raises UserError where ``exclude`` has left out the last image of a class to train on."""
+        empty = [train.class_names[label] for label in np.flatnonzero(train.class_counts() == 0)]
+        if self.exclude and empty:
+            raise UserError(
+                f"{source}: class {empty[0]!r} holds no image to train on but what --exclude leaves out: "
+                "leave the class out by --classes, or name another pattern"
+            )
 
     @cached_property
     def _patterns(self) -> dict[str, re.Pattern[str]]:

@@ -7,6 +7,7 @@ is decoded here: ``engine.data.check`` does that.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,9 +97,16 @@ def open_splits(
         found = _read_arrays(folder, selection) or read_splits_folder(
             folder, allow_links=allow_links, selection=selection
         )
+    selection.require_each_class(found[0], source)
+    folders = [
+        folder if data_dir is not None or path is None else Path(path).parent for path in (csv, val_csv, test_csv)
+    ]
     train = _grouped(found[0], folder, selection.group_regex)
-    val, test = (None if part is None else _grouped(part, folder, selection.group_regex) for part in found[1:])
-    _refuse_shared(train, val, test)
+    val, test = (
+        None if part is None else _grouped(part, own, selection.group_regex)
+        for part, own in zip(found[1:], folders[1:], strict=True)
+    )
+    _refuse_shared(train, val, test if folds is None else None, groups=folds is None)
     origins = {"train": "", "val": "given", "test": ""}
     if folds is not None:
         own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
@@ -110,6 +118,7 @@ def open_splits(
     warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
     if csv is None and (read_as_class := find_split_names(folder, train, selection)):
         warnings.append(read_as_class)
+    only_ties = False
     if duplicates != "none":
         near = duplicates == "near"
         given = [part for part in (train, val, test) if part is not None]
@@ -117,6 +126,7 @@ def open_splits(
             warnings.append(shared)
         takes_test = test is None and (folds is not None or test_fraction > 0)
         if takes_test or (val is None and val_fraction is not None):
+            only_ties = train.groups is None
             train, tied = tie_duplicates(train, relative_names(train, folder), near=near, workers=workers)
             remarks.append(tied)
     if folds is not None:
@@ -131,6 +141,8 @@ def open_splits(
     if val is None and val_fraction is not None:
         train, val = take_validation(train, val_fraction, seed)
         origins["val"] = f"taken from train, {val_fraction:.0%} of each class"
+    if only_ties and folds is None:  # the folds of a cross-validation have a column of groups all or none
+        val, test = (part and _without_single_groups(part) for part in (val, test))
     sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
     about = f"{source}: {len(train.class_names)} classes, {', '.join(sizes)}"
     return Splits(train, val, test, "; ".join([about, *remarks]), tuple(warnings))
@@ -152,7 +164,8 @@ def open_samples(
             test set. With ``csv``: the folder that its relative file names start from.
         csv: a manifest; with a column ``split``, its rows of test.
         allow_links: follow links that lead out of ``data_dir``.
-        selection: what of the source counts; its classes need not all be there.
+        selection: what of the source counts; its classes need not all be there. Its ``label_regex`` is for folders;
+            its ``group_regex`` counts where there are no groups and it matches every name, else stderr says so.
 
     Neither: the test set of the embedded digits.
 
@@ -163,14 +176,17 @@ def open_samples(
     selection = selection or Selection()
     if csv is not None:
         selection = replace(selection, label_regex=None)  # as it may have been trained on a folder
-        return selection.of_samples(read_manifest(Path(csv), _base(data_dir), names), csv)
+        found = selection.of_samples(read_manifest(Path(csv), _base(data_dir), names), csv)
+        return _grouped_if_named(found, Path(csv).parent if data_dir is None else Path(data_dir), selection)
     root = Path(data_dir) if data_dir is not None else write_digits()
     if (arrays := _read_arrays(root, selection)) is not None:
         test = arrays[2]
         if test is None:
             raise UserError(f"{root} has no test_images: name a file that has")
-        return relabel(test, names, root)
-    return read_test_folder(root, names, allow_links=allow_links, selection=selection)
+        found = relabel(test, names, root)
+    else:
+        found = read_test_folder(root, names, allow_links=allow_links, selection=selection)
+    return _grouped_if_named(found, root, selection)
 
 
 def _read_arrays(root: Path, selection: Selection) -> tuple[Samples, Samples | None, Samples | None] | None:
@@ -225,8 +241,27 @@ def _base(data_dir: StrPath | None) -> Path | None:
 def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples:
     if group_regex is None:
         return samples
+    if samples.groups is not None:
+        raise UserError("--group-regex: the manifest has a column group itself; leave one of the two out")
     groups = first_groups(group_regex, relative_names(samples, folder), "--group-regex")
     return replace(samples, groups=tuple(groups))
+
+
+def _without_single_groups(samples: Samples) -> Samples:
+    if samples.groups is None or len(set(samples.groups)) < len(samples):
+        return samples
+    return replace(samples, groups=None)
+
+
+def _grouped_if_named(samples: Samples, folder: Path, selection: Selection) -> Samples:
+    """With the groups that names tell where there are none; the names may be others than those trained on."""
+    if selection.group_regex is None or samples.groups is not None:
+        return samples
+    try:
+        return _grouped(samples, folder, selection.group_regex)
+    except UserError as error:
+        print(f"warning: without groups, each image counts for itself: {error}", file=sys.stderr)
+        return samples
 
 
 def _size(name: str, part: Samples | None, origin: str) -> str:
@@ -235,8 +270,8 @@ def _size(name: str, part: Samples | None, origin: str) -> str:
     return f"{name} {len(part)} ({origin})" if origin else f"{name} {len(part)}"
 
 
-def _refuse_shared(train: Samples, val: Samples | None, test: Samples | None) -> None:
-    """Raises UserError where a file or a group is in two of the sets."""
+def _refuse_shared(train: Samples, val: Samples | None, test: Samples | None, *, groups: bool) -> None:
+    """Raises UserError where a file, or with ``groups`` a group, is in two of the sets."""
     parts = [(split, samples) for split, samples in (("train", train), ("val", val), ("test", test)) if samples]
     file_in: dict[str, str] = {}
     group_in: dict[str, str] = {}
@@ -244,7 +279,7 @@ def _refuse_shared(train: Samples, val: Samples | None, test: Samples | None) ->
         for file in samples.files:
             if file_in.setdefault(file, split) != split:
                 raise UserError(f"{file} is in both {file_in[file]} and {split}: leave it in one of them")
-        for group in samples.groups or ():
+        for group in (samples.groups or ()) if groups else ():
             if group_in.setdefault(group, split) != split:
                 raise UserError(
                     f"the group {group!r} is in both {group_in[group]} and {split}: divide the images again with "
