@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,11 @@ from engine import compare
 from engine.cli import run
 from engine.comparison import Outcome, compare_outcomes, format_markdown, format_text, paired_t_test
 from engine.predictions import Predictions, read_predictions
-from engine.run import RunDirectory
 from tests.image_folders import write_folder
 
 FLAGS = ("--model", "seresnet18", "--img-size", "16", "-b", "8", "-j", "2", "--epochs", "1", "--warmup-epochs", "0")
 SEEDS = (0, 1)
 METRICS = ("macro_f1", "loss")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    """They are half the work of so small a run, and nothing here looks at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDirectory, "write_pictures", lambda *_, **__: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,19 +11,10 @@ optuna = pytest.importorskip("optuna")
 
 from engine.cli import run  # noqa: E402
 from engine.command_line import read_recipe  # noqa: E402
-from engine.run import RunDirectory  # noqa: E402
 from examples import optuna_search  # noqa: E402
 from tests.image_folders import COLOURS, write_image  # noqa: E402
 
 FLAGS = ("--model", "seresnet18", "--img-size", "16", "-b", "8", "-j", "2", "--epochs", "1", "--warmup-epochs", "0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    """They are half the work of so small a run, and nothing here looks at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDirectory, "write_pictures", lambda *_, **__: None)
-        yield
 
 
 def test_search_goes_on_and_its_best_figure_is_that_of_the_best_run(tmp_path, capsys):
