@@ -132,14 +132,15 @@ def open_splits(
         train, test = hold_out_fold(train, folds, fold, seed)
     elif test is None and test_fraction > 0:
         train, test = take_test(train, relative_names(train, folder), test_fraction, method=test_method, seed=seed)
-        origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(f'{test_fraction:.0%}')}"
+        groups = train.groups if test_method == "stratified" else None  # "first" has refused to tear one apart
+        origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(_share(test_fraction, groups))}"
     if imbalance_ratio is not None:
         order = dealt_order(folder) if data_dir is None and csv is None else None
         train = make_long_tailed(train, imbalance_ratio, seed, order=order)
         source += f", long-tailed with U = {imbalance_ratio:g}"
     if val is None and val_fraction is not None:
+        origins["val"] = f"taken from train, {_share(val_fraction, train.groups)} of each class"
         train, val = take_validation(train, val_fraction, seed)
-        origins["val"] = f"taken from train, {val_fraction:.0%} of each class"
     if only_ties and folds is None:  # the folds of a cross-validation have a column of groups all or none
         val, test = (part and _without_single_groups(part) for part in (val, test))
     sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
@@ -175,10 +176,11 @@ def open_samples(
     selection = selection or Selection()
     if csv is not None:
         selection = replace(selection, label_regex=None)  # as it may have been trained on a folder
-        found = selection.of_samples(read_manifest(Path(csv), _base(data_dir), names), csv)
+        of_classes = read_manifest(Path(csv), _base(data_dir), names, classes=selection.classes)
+        found = selection.of_samples(of_classes, csv)
         return _grouped_if_named(found, Path(csv).parent if data_dir is None else Path(data_dir), selection)
     root = Path(data_dir) if data_dir is not None else write_digits()
-    if (arrays := _read_arrays(root, selection)) is not None:
+    if (arrays := _read_arrays(root, replace(selection, label_regex=None))) is not None:
         test = arrays[2]
         if test is None:
             raise UserError(f"{root} has no test_images: name a file that has")
@@ -213,16 +215,17 @@ def _read_manifests(
             f"--data-dir {base} has its own train/, and --csv {csv} names another: give one of the two "
             "(without --data-dir, names in the manifest start from its own folder)"
         )
-    train, val, test = read_manifest_splits(Path(csv), base)
+    classes = selection.classes
+    train, val, test = read_manifest_splits(Path(csv), base, classes)
     for flag, given, has in (("--val-csv", val_csv, val), ("--test-csv", test_csv, test)):
         if given is not None and has is not None:
             raise UserError(
                 f"{flag} {given}: --csv {csv} has such rows itself, by its column split: give one of the two"
             )
     if val_csv is not None:
-        val = read_manifest(Path(val_csv), base, train.class_names, train.heads, split="val")
+        val = read_manifest(Path(val_csv), base, train.class_names, train.heads, "val", classes)
     if test_csv is not None:
-        test = read_manifest(Path(test_csv), base, train.class_names, train.heads, split="test")
+        test = read_manifest(Path(test_csv), base, train.class_names, train.heads, "test", classes)
     return (
         selection.of_samples(train, csv),
         None if val is None else selection.of_samples(val, val_csv or csv),
@@ -261,6 +264,10 @@ def _grouped_if_named(samples: Samples, folder: Path, selection: Selection) -> S
     except UserError as error:
         print(f"warning: without groups, each image counts for itself: {error}", file=sys.stderr)
         return samples
+
+
+def _share(fraction: float, groups: Sequence[str] | None) -> str:
+    return f"{100 * fraction:g}%" if groups is None else f"in whole groups about {100 * fraction:g}%"
 
 
 def _size(name: str, part: Samples | None, origin: str) -> str:
