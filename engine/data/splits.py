@@ -107,6 +107,11 @@ def open_splits(
         for part, own in zip(found[1:], folders[1:], strict=True)
     )
     _refuse_shared(train, val, test if folds is None else None, groups=folds is None)
+    name_of = _names_to_divide_by((train, folders[0]), (val, folders[1]))
+
+    def names(samples: Samples) -> list[str]:
+        return [name_of[file] for file in samples.files]
+
     origins = {"train": "", "val": "given", "test": ""}
     if folds is not None:
         own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
@@ -126,21 +131,21 @@ def open_splits(
         takes_test = test is None and (folds is not None or test_fraction > 0)
         if takes_test or (val is None and val_fraction is not None):
             only_ties = train.groups is None
-            train, tied = tie_duplicates(train, relative_names(train, folder), near=near, workers=workers)
+            train, tied = tie_duplicates(train, names(train), near=near, workers=workers)
             remarks.append(tied)
     if folds is not None:
-        train, test = hold_out_fold(train, folds, fold, seed)
+        train, test = hold_out_fold(train, folds, fold, seed, names=names(train))
     elif test is None and test_fraction > 0:
-        train, test = take_test(train, relative_names(train, folder), test_fraction, method=test_method, seed=seed)
+        train, test = take_test(train, names(train), test_fraction, method=test_method, seed=seed)
         groups = train.groups if test_method == "stratified" else None  # "first" has refused to tear one apart
         origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(_share(test_fraction, groups))}"
     if imbalance_ratio is not None:
         order = dealt_order(folder) if data_dir is None and csv is None else None
-        train = make_long_tailed(train, imbalance_ratio, seed, order=order)
+        train = make_long_tailed(train, imbalance_ratio, seed, names=names(train), order=order)
         source += f", long-tailed with U = {imbalance_ratio:g}"
     if val is None and val_fraction is not None:
         origins["val"] = f"taken from train, {_share(val_fraction, train.groups)} of each class"
-        train, val = take_validation(train, val_fraction, seed)
+        train, val = take_validation(train, names(train), val_fraction, seed)
     if only_ties and folds is None:  # the folds of a cross-validation have a column of groups all or none
         val, test = (part and _without_single_groups(part) for part in (val, test))
     sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
@@ -247,6 +252,19 @@ def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples
         raise UserError("--group-regex: the manifest has a column group itself; leave one of the two out")
     groups = first_groups(group_regex, relative_names(samples, folder), "--group-regex")
     return replace(samples, groups=tuple(groups))
+
+
+def _names_to_divide_by(*parts: tuple[Samples | None, Path]) -> dict[str, str]:
+    """Of each file a name of its own, relative to its set's folder, so that no division goes by where that stands."""
+    name_of: dict[str, str] = {}
+    taken: set[str] = set()
+    for samples, folder in parts:
+        if samples is not None:
+            # no path has three slashes in a row, so that this one is no other's
+            names = [f"///{name}" if name in taken else name for name in relative_names(samples, folder)]
+            name_of.update(zip(samples.files, names, strict=True))
+            taken.update(names)
+    return name_of
 
 
 def _without_single_groups(samples: Samples) -> Samples:
