@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,25 @@ def test_folds_keep_a_patient_whole_whom_the_given_sets_share(tmp_path):
     splits = open_splits(csv=tmp_path / "all.csv", folds=3, val_fraction=0.5)
     assert len(splits.test) == 4
     assert set(splits.test.groups).isdisjoint((*splits.train.groups, *splits.val.groups))
+
+
+@pytest.mark.parametrize("duplicates", ("none", "identical"))
+def test_folds_do_not_depend_on_where_a_second_manifests_folder_stands(tmp_path, duplicates):
+    """In one place its path comes before that of train, in the other after it; names in the two are alike."""
+    for place in ("one/m", "two/m", "one/a", "two/z"):
+        own = make_folder(tmp_path / place, {"a": 6, "b": 6})
+        rows = "".join(f"{label}/{i:03d}.png,{label}\n" for label in "ab" for i in range(6))
+        (own / "all.csv").write_text("filename,label\n" + rows)
+
+    def told(place: str, val: str) -> list[set[str]]:
+        top = tmp_path / place
+        options = {"folds": 3, "val_fraction": 0.3, "imbalance_ratio": 0.5, "duplicates": duplicates}
+        splits = open_splits(csv=top / "m" / "all.csv", val_csv=top / val / "all.csv", **options)
+        parts = (splits.train, splits.val, splits.test)
+        below = [{Path(file).relative_to(top).as_posix() for file in part.files} for part in parts]
+        return [{re.sub("^[az]/", "other/", name) for name in part} for part in below]
+
+    assert told("one", "a") == told("two", "z")
 
 
 def write_manifest(folder: Path) -> Path:

@@ -67,6 +67,16 @@ def test_classes_of_manifests_and_of_arrays(tmp_path):
     assert splits.train.class_names == ("b", "c")
     assert sets(splits, tmp_path / "x")["test"] == {"b/002.png", "c/002.png"}
 
+    seen = write_manifest(tmp_path / "seen.csv", *(f"x/{c}/000.png,{c}" for c in "abc"))
+    assert names(open_samples(("a", "b"), csv=seen, selection=Selection(classes=("a", "b"))), tmp_path) == {
+        "x/a/000.png",
+        "x/b/000.png",
+    }
+    with pytest.raises(UserError, match="unknown label 'c'"):
+        open_samples(("a", "b"), csv=seen)
+    train = write_manifest(tmp_path / "train.csv", "x/a/001.png,a", "x/b/001.png,b")
+    assert len(open_splits(csv=train, val_csv=seen, selection=Selection(classes=("a", "b"))).val) == 2
+
     labels = np.array([2, 10, 2, 3, 10, 3])
     arrays = write_npz(tmp_path / "x.npz", {"train": 6}, train_labels=labels)
     splits = open_splits(data_dir=arrays, val_fraction=0.5, selection=Selection(classes=("10", "2")))
@@ -166,6 +176,7 @@ def test_labels_and_patients_come_from_names_and_patients_stay_whole(patches):
         patients.append(set(part.groups))
     assert sum(map(len, patients)) == len(set.union(*patients)) == 10
     assert len(patients[2]) == 2
+    assert "(taken from train, in whole groups about 20% of each class)" in splits.description
 
 
 def test_regular_expressions_are_checked(patches, tmp_path):
@@ -182,6 +193,15 @@ def test_regular_expressions_are_checked(patches, tmp_path):
     with pytest.raises(UserError, match="--label-regex goes with a folder of images"):
         open_splits(csv=manifest, selection=Selection(label_regex="class(.)"))
     assert len(open_samples(("a", "b"), csv=manifest, selection=Selection(label_regex="class(.)"))) == 2
+
+
+def test_labels_from_names_do_not_keep_other_sources_from_being_scored(tmp_path):
+    selection = Selection(label_regex="class(.)")
+    make_folder(tmp_path / "x", {"0": 2, "1": 1})
+    assert open_samples(("0", "1"), data_dir=tmp_path / "x", selection=selection).class_counts().tolist() == [2, 1]
+    arrays = write_npz(tmp_path / "x.npz", {"train": 4, "test": 4})
+    classes = open_splits(data_dir=arrays, val_fraction=0.5).train.class_names
+    assert len(open_samples(classes, data_dir=arrays, selection=selection)) == 4
 
 
 def test_a_patient_in_two_given_sets_is_refused(tmp_path):

@@ -8,7 +8,9 @@ have, where its content is DICOM.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +78,29 @@ def read_test_folder(
 ) -> Samples:
     """``root/test/CLASS/*`` where there is such a folder, else ``root/CLASS/*``, labelled by ``class_names``.
 
+    The selection's ``label_regex`` is passed over where it matches no name: a model that was trained on labels in names
+    may be scored on class folders.
+
     Raises UserError as ``read_splits_folder``, and at a class that is not one of the names.
     """
     require_folder(root)
-    reader = _Reader(root, allow_links, selection or Selection())
+    selection = selection or Selection()
+    if selection.label_regex is not None and not _labels_any(root, selection.label_regex, allow_links):
+        selection = replace(selection, label_regex=None)
+    reader = _Reader(root, allow_links, selection)
     test = root / "test"
     if "test" not in class_names and test.is_dir() and (reader.selection.label_regex or _visible_folders(test)):
         return reader.known_classes(test, class_names)
     if (root / "train").is_dir() and "train" not in class_names:
         raise UserError(f"{root} has train/ but no test/: name the folder whose class folders are to be scored")
     return reader.known_classes(root, class_names)
+
+
+def _labels_any(root: Path, label_regex: str, allow_links: bool) -> bool:
+    regex = re.compile(label_regex)
+    images, _ = images_below(root, None if allow_links else os.path.realpath(root))
+    top = f"{root.absolute()}{os.sep}"
+    return any(regex.search(image.removeprefix(top).replace(os.sep, "/")) for image in images)
 
 
 def require_folder(root: Path) -> None:

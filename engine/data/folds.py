@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.data.samples import Head, Samples
@@ -9,11 +11,13 @@ from engine.data.splitting import fold_stratified, split_groups
 from engine.errors import UserError
 
 
-def hold_out_fold(samples: Samples, folds: int, fold: int, seed: int) -> tuple[Samples, Samples]:
+def hold_out_fold(
+    samples: Samples, folds: int, fold: int, seed: int, *, names: Sequence[str] | None = None
+) -> tuple[Samples, Samples]:
     """What is left to train and validate on, and the images of fold number ``fold`` of 0 ... ``folds`` - 1.
 
     Each image is in one fold, class by class at random, or whole groups where they have any; which one is a pure
-    function of names, labels, groups and seed.
+    function of ``names`` (by default the files), labels, groups and seed.
 
     Raises:
         UserError: fewer images or groups than folds, or a class that is in one fold alone, or in one image or group.
@@ -23,7 +27,7 @@ def hold_out_fold(samples: Samples, folds: int, fold: int, seed: int) -> tuple[S
     if units < folds:
         raise UserError(f"--folds {folds}: {units} {what} cannot make as many; ask for fewer")
     if samples.groups is None:
-        fold_of = fold_stratified(samples.files, samples.labels, folds, seed)
+        fold_of = fold_stratified(names or samples.files, samples.labels, folds, seed)
     else:
         fold_of = split_groups(samples.labels, samples.groups, [1 / folds] * folds, seed, num_classes=classes)
     for label, name in enumerate(samples.class_names):

@@ -58,12 +58,15 @@ def take_test(
     return train.subset(np.flatnonzero(~is_test)), train.subset(np.flatnonzero(is_test))
 
 
-def take_validation(train: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
+def take_validation(train: Samples, names: Sequence[str], fraction: float, seed: int) -> tuple[Samples, Samples]:
     """Train without the validation set, and the validation set: of every class at least one image where it has two.
 
-    Where the samples have groups, whole ones. Raises UserError where nothing can be left out.
+    Where the samples have groups, whole ones; else by ``names``, one for each image. Raises UserError where nothing can
+    be left out.
     """
-    is_val = _validation_groups(train, fraction, seed) if train.groups else _validation_images(train, fraction, seed)
+    is_val = (
+        _validation_groups(train, fraction, seed) if train.groups else _validation_images(train, names, fraction, seed)
+    )
     if not is_val.any():
         what = "no class has two groups" if train.groups else "no class has two images"
         raise UserError(f"{what}, so none can be left out for validation: give a validation set")
@@ -126,11 +129,11 @@ def _validation_groups(train: Samples, fraction: float, seed: int) -> np.ndarray
     return is_val & ~np.isin(groups, groups[left[train.labels] == 0])
 
 
-def _validation_images(train: Samples, fraction: float, seed: int) -> np.ndarray:
+def _validation_images(train: Samples, names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     is_val = np.zeros(len(train), dtype=bool)
     for label in range(len(train.class_names)):
         # By name and not by place, so that a manifest's order does not matter either.
-        members = sorted(np.flatnonzero(train.labels == label), key=train.files.__getitem__)
+        members = sorted(np.flatnonzero(train.labels == label).tolist(), key=names.__getitem__)
         if len(members) >= 2:
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
             shuffled = generator(Purpose.VALIDATION_SPLIT, seed, label).permutation(members)

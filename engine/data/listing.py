@@ -74,7 +74,7 @@ def read_listing(
         return parts["all"]
     if class_names is None:
         return join_listings(list(read_manifest_parts(source, base, selection=selection).values()))
-    samples = read_manifest(source, base, class_names)
+    samples = read_manifest(source, base, class_names, classes=selection.classes if selection else ())
     return _of_manifest(selection.of_samples(samples, source) if selection else samples, source, base)
 
 
@@ -84,7 +84,7 @@ def read_manifest_parts(
     """Train, val and test by a manifest's column ``split``; without one, all as train."""
     found = (
         selection.of_samples(part, path) if part is not None and selection is not None else part
-        for part in read_manifest_splits(path, base)
+        for part in read_manifest_splits(path, base, selection.classes if selection else ())
     )
     parts = zip(PARTS, found, strict=True)
     return {name: _of_manifest(part, path, base) for name, part in parts if part is not None}

@@ -33,7 +33,14 @@ def long_tail_counts(counts: np.ndarray, ratio: float) -> np.ndarray:
     return np.minimum(np.maximum(np.floor(n * shares).astype(np.int64), 1), counts)
 
 
-def make_long_tailed(samples: Samples, ratio: float, seed: int, *, order: Sequence[str] | None = None) -> Samples:
+def make_long_tailed(
+    samples: Samples,
+    ratio: float,
+    seed: int,
+    *,
+    names: Sequence[str] | None = None,
+    order: Sequence[str] | None = None,
+) -> Samples:
     """The part of ``samples`` that ``long_tail_counts`` leaves, in their order.
 
     Which images those are follows from the names, the label and the seed. Of balanced data a smaller ratio keeps some
@@ -43,6 +50,7 @@ def make_long_tailed(samples: Samples, ratio: float, seed: int, *, order: Sequen
         samples: the training images.
         ratio: as in ``long_tail_counts``.
         seed: shuffles each class, whose first images are kept.
+        names: one for each image, that chance goes by; by default the files.
         order: all files of ``samples``, to keep the first of each class in this order instead, whatever the seed.
     """
     place = None if order is None else {file: i for i, file in enumerate(order)}
@@ -52,7 +60,7 @@ def make_long_tailed(samples: Samples, ratio: float, seed: int, *, order: Sequen
         if place is not None:
             first = sorted(members, key=lambda i: place[samples.files[i]])
         else:
-            by_name = sorted(members, key=samples.files.__getitem__)
+            by_name = sorted(members, key=(names or samples.files).__getitem__)
             first = generator(Purpose.LONG_TAIL, seed, label).permutation(by_name).tolist()
         kept += first[:count]
     return samples.subset(sorted(kept))

@@ -28,6 +28,7 @@ def read_manifest(
     class_names: tuple[str, ...] | None = None,
     heads: Mapping[str, Head] | None = None,
     split: str = "test",
+    classes: Sequence[str] = (),
 ) -> Samples:
     """The files that a manifest lists, in its order.
 
@@ -37,6 +38,7 @@ def read_manifest(
         class_names: the known classes; None: those that the manifest names, sorted.
         heads: the known further labels, for the names of their classes; None: those that the manifest has.
         split: the rows to take where there is a column ``split``: ``"train"``, ``"val"`` or ``"test"``.
+        classes: rows of others are passed over; none named: of none.
 
     Raises:
         UserError: the manifest cannot be read, lacks a column, lists nothing, a file twice or fewer than two classes,
@@ -44,13 +46,16 @@ def read_manifest(
     """
     rows = _existing_rows(path, base)
     parts = _by_split(path, rows)
-    if parts is None:
-        return _samples(path, rows, class_names, heads)
-    return _samples(path, _some(path, parts, split), class_names, heads)
+    chosen = rows if parts is None else _some(path, parts, split)
+    return _samples(path, _of_classes(path, chosen, classes), class_names, heads)
 
 
-def read_manifest_splits(path: Path, base: Path | None) -> tuple[Samples, Samples | None, Samples | None]:
+def read_manifest_splits(
+    path: Path, base: Path | None, classes: Sequence[str] = ()
+) -> tuple[Samples, Samples | None, Samples | None]:
     """Train, validation and test of a manifest, the last two where its column ``split`` has them.
+
+    Of the last two rows of other than ``classes``, where any are named, are passed over.
 
     Raises UserError as ``read_manifest`` does, and where a split is none or validation or test name a new class.
     """
@@ -58,9 +63,17 @@ def read_manifest_splits(path: Path, base: Path | None) -> tuple[Samples, Sample
     parts = _by_split(path, rows) or {"train": rows, "val": [], "test": []}
     train = _samples(path, _some(path, parts, "train"), None, None)
     val, test = (
-        _samples(path, parts[name], train.class_names, train.heads) if parts[name] else None for name in ("val", "test")
+        _samples(path, _of_classes(path, parts[name], classes), train.class_names, train.heads) if parts[name] else None
+        for name in ("val", "test")
     )
     return train, val, test
+
+
+def _of_classes(path: Path, rows: Sequence[Row], classes: Sequence[str]) -> Sequence[Row]:
+    chosen = [row for row in rows if row.label in classes] if classes else rows
+    if not chosen:
+        raise UserError(f"{path}: --classes leaves no image of one of its sets (of {shorten(classes)})")
+    return chosen
 
 
 def _existing_rows(path: Path, base: Path | None) -> list[Row]:

@@ -107,6 +107,11 @@ def open_splits(
         for part, own in zip(found[1:], folders[1:], strict=True)
     )
     _refuse_shared(train, val, test if folds is None else None, groups=folds is None)
+    name_of = _names_to_divide_by((train, folders[0]), (val, folders[1]))
+
+    def names(samples: Samples) -> list[str]:
+        return [name_of[file] for file in samples.files]
+
     origins = {"train": "", "val": "given", "test": ""}
     if folds is not None:
         own = "" if test is None else f"; the data's own {len(test)} test images are left alone"
@@ -127,20 +132,21 @@ def open_splits(
         takes_test = test is None and (folds is not None or test_fraction > 0)
         if takes_test or (val is None and val_fraction is not None):
             only_ties = train.groups is None
-            train, tied = tie_duplicates(train, relative_names(train, folder), near=near, workers=workers)
+            train, tied = tie_duplicates(train, names(train), near=near, workers=workers)
             remarks.append(tied)
     if folds is not None:
-        train, test = hold_out_fold(train, folds, fold, seed)
+        train, test = hold_out_fold(train, folds, fold, seed, names=names(train))
     elif test is None and test_fraction > 0:
-        train, test = take_test(train, relative_names(train, folder), test_fraction, method=test_method, seed=seed)
-        origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(f'{test_fraction:.0%}')}"
+        train, test = take_test(train, names(train), test_fraction, method=test_method, seed=seed)
+        groups = train.groups if test_method == "stratified" else None  # "first" has refused to tear one apart
+        origins["test"] = f"taken from train, {TEST_METHODS[test_method].format(_share(test_fraction, groups))}"
     if imbalance_ratio is not None:
         order = dealt_order(folder) if data_dir is None and csv is None else None
-        train = make_long_tailed(train, imbalance_ratio, seed, order=order)
+        train = make_long_tailed(train, imbalance_ratio, seed, names=names(train), order=order)
         source += f", long-tailed with U = {imbalance_ratio:g}"
     if val is None and val_fraction is not None:
-        train, val = take_validation(train, val_fraction, seed)
-        origins["val"] = f"taken from train, {val_fraction:.0%} of each class"
+        origins["val"] = f"taken from train, {_share(val_fraction, train.groups)} of each class"
+        train, val = take_validation(train, names(train), val_fraction, seed)
     if only_ties and folds is None:  # the folds of a cross-validation have a column of groups all or none
         val, test = (part and _without_single_groups(part) for part in (val, test))
     sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
@@ -176,10 +182,11 @@ def open_samples(
     selection = selection or Selection()
     if csv is not None:
         selection = replace(selection, label_regex=None)  # as it may have been trained on a folder
-        found = selection.of_samples(read_manifest(Path(csv), _base(data_dir), names), csv)
+        of_classes = read_manifest(Path(csv), _base(data_dir), names, classes=selection.classes)
+        found = selection.of_samples(of_classes, csv)
         return _grouped_if_named(found, Path(csv).parent if data_dir is None else Path(data_dir), selection)
     root = Path(data_dir) if data_dir is not None else write_digits()
-    if (arrays := _read_arrays(root, selection)) is not None:
+    if (arrays := _read_arrays(root, replace(selection, label_regex=None))) is not None:
         test = arrays[2]
         if test is None:
             raise UserError(f"{root} has no test_images: name a file that has")
@@ -214,16 +221,17 @@ def _read_manifests(
             f"--data-dir {base} has its own train/, and --csv {csv} names another: give one of the two "
             "(without --data-dir, names in the manifest start from its own folder)"
         )
-    train, val, test = read_manifest_splits(Path(csv), base)
+    classes = selection.classes
+    train, val, test = read_manifest_splits(Path(csv), base, classes)
     for flag, given, has in (("--val-csv", val_csv, val), ("--test-csv", test_csv, test)):
         if given is not None and has is not None:
             raise UserError(
                 f"{flag} {given}: --csv {csv} has such rows itself, by its column split: give one of the two"
             )
     if val_csv is not None:
-        val = read_manifest(Path(val_csv), base, train.class_names, train.heads, split="val")
+        val = read_manifest(Path(val_csv), base, train.class_names, train.heads, "val", classes)
     if test_csv is not None:
-        test = read_manifest(Path(test_csv), base, train.class_names, train.heads, split="test")
+        test = read_manifest(Path(test_csv), base, train.class_names, train.heads, "test", classes)
     return (
         selection.of_samples(train, csv),
         None if val is None else selection.of_samples(val, val_csv or csv),
@@ -247,6 +255,19 @@ def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples
     return replace(samples, groups=tuple(groups))
 
 
+def _names_to_divide_by(*parts: tuple[Samples | None, Path]) -> dict[str, str]:
+    """Of each file a name of its own, relative to its set's folder, so that no division goes by where that stands."""
+    name_of: dict[str, str] = {}
+    taken: set[str] = set()
+    for samples, folder in parts:
+        if samples is not None:
+            # no path has three slashes in a row, so that this one is no other's
+            names = [f"///{name}" if name in taken else name for name in relative_names(samples, folder)]
+            name_of.update(zip(samples.files, names, strict=True))
+            taken.update(names)
+    return name_of
+
+
 def _without_single_groups(samples: Samples) -> Samples:
     if samples.groups is None or len(set(samples.groups)) < len(samples):
         return samples
@@ -262,6 +283,10 @@ def _grouped_if_named(samples: Samples, folder: Path, selection: Selection) -> S
     except UserError as error:
         print(f"warning: without groups, each image counts for itself: {error}", file=sys.stderr)
         return samples
+
+
+def _share(fraction: float, groups: Sequence[str] | None) -> str:
+    return f"{100 * fraction:g}%" if groups is None else f"in whole groups about {100 * fraction:g}%"
 
 
 def _size(name: str, part: Samples | None, origin: str) -> str:
