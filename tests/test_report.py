@@ -174,6 +174,16 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
         assert float(positive["Specificity"]) == head["specificity"]
 
 
+def test_what_the_intervals_count_as_independent_is_said(tmp_path, undrawn):
+    page = make(tmp_path, write_run(tmp_path / "by image"))
+    assert "Images count as independent" in page
+    (tmp_path / "page.html").unlink()
+    page = make(tmp_path, write_run(tmp_path / "by patient", patients=17))
+    assert "Images count as independent" not in page
+    assert "whole groups (patients), of which there are <data value=\"17\">17</data>" in page
+    assert "divided by the design effect of the groups" in page
+
+
 def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path, monkeypatch):
     path = write_run(tmp_path / "run", heads=TREE, images=tmp_path / "images")
     asked = []

@@ -48,6 +48,7 @@ class Scores:
     split: str
     in_sample: bool
     temperature: float | None
+    groups: int | None = None
     folds: Table | None = None
     positive: str | None = None
     binary: Table | None = None
@@ -211,6 +212,7 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
         split=scored_split(of_run),
         in_sample=scored_split(of_run) == "validation",
         temperature=metrics.get("temperature"),
+        groups=metrics.get("groups") if metrics.get("intervals_by") == "group" else None,
         folds=tables.folds_table(metrics),
         positive=metrics.get("positive_class"),
         binary=tables.binary_table(metrics) if binary else None,
