@@ -223,6 +223,23 @@ def test_recipes_on_other_images_are_shown_and_not_tested():
     assert "Of b the epochs were chosen on the very images scored here" in text
 
 
+def test_seeds_with_test_images_of_their_own_have_no_test_over_seeds():
+    recipes = {
+        name: [outcome([True], files=f"of-seed{seed}-", accuracy=value) for seed, value in enumerate(values)]
+        for name, values in {"a": (0.25, 0.5, 0.5), "b": (0.5, 0.625, 0.75)}.items()
+    }
+    comparison = compare_outcomes(recipes, (0, 1, 2), ("accuracy",))
+    test = comparison["recipes"]["b"]["paired_t_test"]["accuracy"]
+    assert test == {"difference": pytest.approx(5 / 24), "interval": None, "p": None}
+    text = " ".join(format_text(comparison).split())
+    assert "no test over seeds is made" in text
+    assert "paired t-test" not in text
+    assert "the same images" not in text
+    assert "+0.2083" in text
+    fixed = {name: [outcome([True], accuracy=of.metrics["accuracy"]) for of in runs] for name, runs in recipes.items()}
+    assert compare_outcomes(fixed, (0, 1, 2), ("accuracy",))["recipes"]["b"]["paired_t_test"]["accuracy"]["p"] < 0.2
+
+
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():
     two = outcome([True], positive_class="yes", f1=0.25)
     shown = list(compare_outcomes({"a": [two]}, (0,))["recipes"]["a"]["metrics"])

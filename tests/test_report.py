@@ -180,7 +180,7 @@ def test_what_the_intervals_count_as_independent_is_said(tmp_path, undrawn):
     (tmp_path / "page.html").unlink()
     page = make(tmp_path, write_run(tmp_path / "by patient", patients=17))
     assert "Images count as independent" not in page
-    assert "whole groups (patients), of which there are <data value=\"17\">17</data>" in page
+    assert 'whole groups (patients), of which there are <data value="17">17</data>' in page
     assert "divided by the design effect of the groups" in page
 
 

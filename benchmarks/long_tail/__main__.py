@@ -209,12 +209,12 @@ def _tests(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
     for ratio in _in_order(found):
         for arm, recipe in found[ratio]["recipes"].items():
             for metric, test in recipe.get("paired_t_test", {}).items():
-                low, high = test["interval"] or (float("nan"), float("nan"))
+                interval = "-" if test["interval"] is None else "{:+.3f} to {:+.3f}".format(*test["interval"])
                 mcnemar = (
                     _listed(f"{pair['p_exact']:.2g}" for pair in recipe["mcnemar"]) if metric == "accuracy" else ""
                 )
                 p = "-" if test["p"] is None else f"{test['p']:.3g}"
-                difference = [f"{test['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", p]
+                difference = [f"{test['difference']:+.3f}", interval, p]
                 rows.append([f"{ratio:g}", f"`{arm}`", metric, *difference, mcnemar])
     return rows
 
