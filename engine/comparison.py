@@ -4,9 +4,9 @@ Two tests. The paired t-test over the seeds (Student, "The Probable Error of a M
 trainings of the two recipes differ likewise? Pairs, because a seed gives both the same validation split, the same draws
 and, of the same model, the same initial weights. And McNemar's (`engine.mcnemar`), of the two networks of a seed: would
 these differ likewise on other images? Neither answers the other's question: Dietterich, "Approximate Statistical Tests
-for Comparing Supervised Classification Learning Algorithms" (1998). The t-test is of trainings that are scored on the same
-images. Where each seed draws test images of its own, these overlap, and there is none: it is the resampled t-test whose
-p Dietterich found far too small.
+for Comparing Supervised Classification Learning Algorithms" (1998). The t-test is of trainings that are scored on the
+same images. Where each seed draws test images of its own, these overlap, and there is none: it would be the resampled
+t-test, whose p Dietterich found far too small.
 """
 
 from __future__ import annotations
@@ -91,12 +91,14 @@ def compare_outcomes(
             the positive class's, where all have two classes.
 
     Returns:
-        ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one ``split``, the images that
-        were scored, ``in_sample``, whether epochs were chosen on these, and ``same_images``, whether they are those of
-        every seed; by metric ``values`` (None where undefined), ``mean`` and ``sd`` (divided by n - 1; None for one
-        seed); and, but for the first, the ``paired_t_test`` by metric, of which without ``same_images`` the difference
-        alone is known, and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets right.
-        Where the recipes were not scored on the same images both are left out, and ``no_test`` says why.
+        ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one
+
+        - ``split``, the images that were scored; ``in_sample``, whether epochs were chosen on these; ``same_images``,
+          whether they are those of every seed; ``share_groups``, whether several are of one group (patient);
+        - by metric ``values`` (None where undefined), ``mean`` and ``sd`` (divided by n - 1; None for one seed);
+        - but for the first, the ``paired_t_test`` by metric, of which without ``same_images`` the difference alone is
+          known, and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets right. Where the
+          recipes were not scored on the same images both are left out, and ``no_test`` says why.
     """
     every = [outcome.metrics for of_recipe in outcomes.values() for outcome in of_recipe]
     if not metrics:
@@ -110,6 +112,7 @@ def compare_outcomes(
             "split": ", ".join(dict.fromkeys(outcome.metrics["split"] for outcome in of_recipe)),
             "in_sample": any(_in_sample(outcome.metrics) for outcome in of_recipe),
             "same_images": len({frozenset(outcome.predictions.files) for outcome in of_recipe}) == 1,
+            "share_groups": any(outcome.predictions.share_groups for outcome in of_recipe),
             "metrics": {metric: _mean_and_sd(of_metric) for metric, of_metric in values.items()},
         }
         if name != against:
@@ -248,8 +251,8 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
         same_images = recipes[comparison["against"]]["same_images"]
         if not same_images:
             notes.append(
-                "Each seed has test images of its own, which overlap, so that no test over seeds is made: difference is "
-                "the mean difference alone. Divide the data once by engine.split, and every seed has the same."
+                "Each seed has test images of its own, which overlap, so that no test over seeds is made: difference "
+                "is the mean difference alone. Divide the data once by engine.split, and every seed has the same."
             )
         elif n > 1:
             width = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
@@ -266,6 +269,8 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
             "other trainings would. The seeds' tests are of "
             f"{'the same images' if same_images else 'images that overlap'}: they are not several witnesses."
         )
+        if any(recipe["share_groups"] for recipe in recipes.values()):
+            notes.append("Images of one group (patient) count as independent in McNemar's test, so its p is too small.")
         notes.append("No p is corrected for how many recipes and metrics are looked at.")
     return notes
 

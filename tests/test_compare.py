@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -238,6 +239,14 @@ def test_seeds_with_test_images_of_their_own_have_no_test_over_seeds():
     assert "+0.2083" in text
     fixed = {name: [outcome([True], accuracy=of.metrics["accuracy"]) for of in runs] for name, runs in recipes.items()}
     assert compare_outcomes(fixed, (0, 1, 2), ("accuracy",))["recipes"]["b"]["paired_t_test"]["accuracy"]["p"] < 0.2
+
+
+def test_images_of_one_patient_are_said_to_count_as_independent():
+    for groups, said in ((None, False), (("one", "two"), False), (("one", "one"), True)):
+        found = outcome([True, False], accuracy=0.5)
+        grouped = Outcome(found.metrics, dataclasses.replace(found.predictions, groups=groups))
+        text = " ".join(format_text(compare_outcomes({"a": [grouped], "b": [grouped]}, (0,), ("accuracy",))).split())
+        assert ("Images of one group (patient) count as independent" in text) is said
 
 
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():

@@ -218,6 +218,15 @@ def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
         "--lr": ["0.0005", "0.01"]
     }
     assert "Read with care" not in page
+    assert "count as independent here" not in page
+
+
+def test_mcnemars_test_is_not_read_where_images_share_a_patient(tmp_path, undrawn):
+    runs = write_run(tmp_path / "one", patients=17), write_run(tmp_path / "two", seed=1, patients=17)
+    page = make(tmp_path, *runs)
+    (row,) = table(page, "McNemar&#39;s test against one")[1:]
+    assert row[-1] == "\N{EN DASH}"
+    assert "Images of one group (patient) count as independent here" in page
 
 
 def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path, undrawn):
@@ -352,6 +361,13 @@ def test_what_flatters_the_figures_is_said_before_them(tmp_path, undrawn, split,
         assert "chosen on validation by macro f1" in page
     else:
         assert page.index(warning) < page.index('class="tiles"')
+
+
+def test_a_comparison_says_which_epochs_were_chosen_on_its_images(tmp_path, undrawn):
+    runs = [write_run(tmp_path / name, split="validation", seed=i) for i, name in enumerate(("one", "two"))]
+    page = make(tmp_path, *runs)
+    assert "The epoch of one, two was chosen on the very images compared here" in page
+    assert "was chosen on the test images" not in page
 
 
 def test_images_that_are_gone_or_not_wanted_are_said_to_be(tmp_path, undrawn, capsys):
