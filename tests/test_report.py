@@ -448,8 +448,9 @@ def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, undrawn):
-    page = make(tmp_path, write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1))
-    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["run", "run (2)"]
+    of_a, of_b = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1)
+    page = make(tmp_path, of_a, of_b, of_a)
+    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["a/run", "b/run", "a/run (2)"]
 
 
 def test_a_run_writes_down_its_data_its_bad_files_and_its_software(tmp_path, undrawn):
