@@ -26,6 +26,7 @@ from engine.provenance import describe_run
 from engine.report import drawings, mistakes
 from engine.report.comparison import pair
 from engine.report.runs import read_run
+from engine.report.settings import without_folders
 from tests.image_folders import write_folder
 from tests.report_runs import CLASSES, EPOCHS, write_cross_validation, write_run
 
@@ -172,6 +173,20 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
         }
         assert float(positive["Sensitivity"]) == head["recall"]
         assert float(positive["Specificity"]) == head["specificity"]
+
+
+@pytest.mark.parametrize("when", ({"when": {"diagnosis": "malignant"}}, {}), ids=("divided", "side by side"))
+def test_figures_are_called_end_to_end_only_where_a_head_divides_another(tmp_path, undrawn, when):
+    subtype = {name: value for name, value in TREE["subtype"].items() if name != "when"} | when
+    page = make(tmp_path, write_run(tmp_path / "run", heads=TREE | {"subtype": subtype}))
+    assert ("The figures above are end to end" in page) is bool(when)
+    assert ("The figures above are those of the first head." in page) is not bool(when)
+
+
+def test_an_option_without_a_folder_leaves_sentences_as_they_are():
+    text = "3 images. Of a/data, the scans."
+    assert without_folders(text, {"data_dir": ".", "output": "images"}) == text
+    assert without_folders(text, {"data_dir": "a/data"}) == "3 images. Of data, the scans."
 
 
 def test_what_the_intervals_count_as_independent_is_said(tmp_path, undrawn):

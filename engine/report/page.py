@@ -82,6 +82,7 @@ class RunView:
     warnings: Sequence[tuple[str, str]]
     scores: Scores | None
     heads: Sequence[Head]
+    end_to_end: bool
     mistakes: Sequence[Mistake]
     mistakes_remark: str
     curves: Picture | None
@@ -183,6 +184,7 @@ def _view(run: ReportedRun, prefix: str, mistakes: Sequence[Mistake], mistakes_r
         warnings=run_cautions(run),
         scores=_scores(metrics, metrics, run.predictions.get(None)) if metrics else None,
         heads=[Head(head, _scores(own, metrics or {}, run.predictions.get(head))) for head, own in heads.items()],
+        end_to_end=all(list(own["per_class"]) != list(run.class_names) for own in heads.values()),
         mistakes=mistakes,
         mistakes_remark=mistakes_remark,
         curves=draw_own_curves(run),
