@@ -185,6 +185,13 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys, flags, message):
     assert not Path("never").exists()
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, message in (("file", "is a file; name a folder"), ("file/below", "cannot be made")):
+        assert run(compare.main, ["--recipes", "digits", "--output", str(tmp_path / output)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def outcome(right: list[bool], split: str = "test", *, files: str = "image", **metrics: Any) -> Outcome:
     """Of images of class 0, ``right`` or not."""
     n = len(right)

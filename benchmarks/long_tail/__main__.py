@@ -31,6 +31,7 @@ from engine.command_line import about_recipe, read_recipe
 from engine.compare import train_runs
 from engine.comparison import Outcome, compare_outcomes, markdown_table
 from engine.config import Config
+from engine.output import free_file, made_folder
 from engine.predictions import read_predictions
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ REPORTED = {
 
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    runs, page = Path(args.runs), Path(args.output)
+    page, runs = free_file(args.output, force=True), made_folder(args.runs, flag="--runs")
     found: dict[float, dict[str, Any]] = {}
     for ratio in sorted(RATIOS):
         found[ratio] = compared((PLAIN, REWEIGHTED), ratio, SEEDS, runs)
