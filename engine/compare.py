@@ -21,6 +21,7 @@ from engine.comparison import compare_outcomes, format_csv, format_markdown, for
 from engine.config import Config, spelled
 from engine.errors import UserError
 from engine.metrics import METRIC_NAMES
+from engine.output import made_folder
 from engine.run import RunDirectory
 from engine.train import train
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None) -> None:
     configs = {_name(recipe): _config(recipe, args) for recipe in args.recipes}
     _require_different(args.recipes, configs, args.seeds)
     _require_known(args.metrics, configs)
-    folder = Path(args.output)
+    folder = made_folder(args.output)
     runs = train_runs(configs, args.seeds, folder)
 
     outcomes = {name: [read_outcome(path) for path in paths] for name, paths in runs.items()}

@@ -4,7 +4,9 @@ Two tests. The paired t-test over the seeds (Student, "The Probable Error of a M
 trainings of the two recipes differ likewise? Pairs, because a seed gives both the same validation split, the same draws
 and, of the same model, the same initial weights. And McNemar's (`engine.mcnemar`), of the two networks of a seed: would
 these differ likewise on other images? Neither answers the other's question: Dietterich, "Approximate Statistical Tests
-for Comparing Supervised Classification Learning Algorithms" (1998).
+for Comparing Supervised Classification Learning Algorithms" (1998). The t-test is of trainings that are scored on the
+same images. Where each seed draws test images of its own, these overlap, and there is none: it would be the resampled
+t-test, whose p Dietterich found far too small.
 """
 
 from __future__ import annotations
@@ -89,11 +91,14 @@ def compare_outcomes(
             the positive class's, where all have two classes.
 
     Returns:
-        ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one ``split``, the images that
-        were scored, and ``in_sample``, whether epochs were chosen on these; by metric ``values`` (None where
-        undefined), ``mean`` and ``sd`` (divided by n - 1; None for one seed); and, but for the first, the
-        ``paired_t_test`` by metric and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets
-        right. Where the recipes were not scored on the same images both are left out, and ``no_test`` says why.
+        ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one
+
+        - ``split``, the images that were scored; ``in_sample``, whether epochs were chosen on these; ``same_images``,
+          whether they are those of every seed; ``share_groups``, whether several are of one group (patient);
+        - by metric ``values`` (None where undefined), ``mean`` and ``sd`` (divided by n - 1; None for one seed);
+        - but for the first, the ``paired_t_test`` by metric, of which without ``same_images`` the difference alone is
+          known, and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets right. Where the
+          recipes were not scored on the same images both are left out, and ``no_test`` says why.
     """
     every = [outcome.metrics for of_recipe in outcomes.values() for outcome in of_recipe]
     if not metrics:
@@ -106,11 +111,13 @@ def compare_outcomes(
         recipes[name] = {
             "split": ", ".join(dict.fromkeys(outcome.metrics["split"] for outcome in of_recipe)),
             "in_sample": any(_in_sample(outcome.metrics) for outcome in of_recipe),
+            "same_images": len({frozenset(outcome.predictions.files) for outcome in of_recipe}) == 1,
+            "share_groups": any(outcome.predictions.share_groups for outcome in of_recipe),
             "metrics": {metric: _mean_and_sd(of_metric) for metric, of_metric in values.items()},
         }
         if name != against:
             before = {metric: figures["values"] for metric, figures in recipes[against]["metrics"].items()}
-            recipes[name] |= _tests(outcomes[against], of_recipe, before, values)
+            recipes[name] |= _tests(outcomes[against], of_recipe, before, values, recipes[name]["same_images"])
     return {"seeds": list(seeds), "against": against, "recipes": recipes}
 
 
@@ -141,17 +148,18 @@ def _tests(
     second: Sequence[Outcome],
     before: Mapping[str, Sequence[float | None]],
     after: Mapping[str, Sequence[float | None]],
+    same_images: bool,
 ) -> dict[str, Any]:
     try:
         pairs = [compare_predictions(a.predictions, b.predictions) for a, b in zip(first, second, strict=True)]
     except UserError as error:
         return {"no_test": str(error)}
+    known = [metric for metric in after if None not in (*before[metric], *after[metric])]
+    tests = {metric: paired_t_test(before[metric], after[metric]) for metric in known}  # type: ignore[arg-type]
+    if not same_images:
+        tests = {metric: PairedTest(test.difference, None, None) for metric, test in tests.items()}
     return {
-        "paired_t_test": {
-            metric: dataclasses.asdict(paired_t_test(before[metric], after[metric]))  # type: ignore[arg-type]
-            for metric in after
-            if None not in (*before[metric], *after[metric])
-        },
+        "paired_t_test": {metric: dataclasses.asdict(test) for metric, test in tests.items()},
         "mcnemar": [dataclasses.asdict(pair) for pair in pairs],
     }
 
@@ -240,7 +248,13 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
         notes.append(f"Of {', '.join(in_sample)} the epochs were chosen on the very images scored here: they flatter.")
     notes += [f"{name} is not tested: {recipe['no_test']}" for name, recipe in recipes.items() if "no_test" in recipe]
     if any("mcnemar" in recipe for recipe in recipes.values()):
-        if n > 1:
+        same_images = recipes[comparison["against"]]["same_images"]
+        if not same_images:
+            notes.append(
+                "Each seed has test images of its own, which overlap, so that no test over seeds is made: difference "
+                "is the mean difference alone. Divide the data once by engine.split, and every seed has the same."
+            )
+        elif n > 1:
             width = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
             notes.append(
                 f"difference, 95% interval, p: paired t-test over {n} seeds, against {comparison['against']}. It asks "
@@ -252,8 +266,11 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
             notes.append("One seed has no spread: whether another one would give the same difference is not known.")
         notes.append(
             "McNemar's test asks whether the two networks of a seed would differ likewise on other images, not whether "
-            "other trainings would. The seeds' tests are of the same images: they are not several witnesses."
+            "other trainings would. The seeds' tests are of "
+            f"{'the same images' if same_images else 'images that overlap'}: they are not several witnesses."
         )
+        if any(recipe["share_groups"] for recipe in recipes.values()):
+            notes.append("Images of one group (patient) count as independent in McNemar's test, so its p is too small.")
         notes.append("No p is corrected for how many recipes and metrics are looked at.")
     return notes
 

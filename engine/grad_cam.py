@@ -51,10 +51,10 @@ def grad_cam(model: nn.Module, images: Tensor, labels: Tensor | None = None, *, 
             no such head.
     """
     model.eval()
-    with torch.enable_grad(), _feature_map(model) as kept:
-        logits = _of_head(model(images), head)
+    with torch.inference_mode(False), torch.enable_grad(), _feature_map(model) as kept:
+        logits = _of_head(model(_trackable(images)), head)
         features = kept[0]
-        labels = logits.argmax(dim=1) if labels is None else labels.to(logits.device)
+        labels = logits.argmax(dim=1) if labels is None else _trackable(labels).to(logits.device)
         (slope,) = torch.autograd.grad(logits.gather(1, labels.long()[:, None]).sum(), features)
     slope, features = (_channels_first(map_, model).float() for map_ in (slope, features.detach()))
     if features.shape[2:].numel() == 1:
@@ -178,6 +178,11 @@ def _lowest_recall(predictions: Predictions, count: int) -> list[int]:
     hits = np.bincount(labels[predictions.predictions.numpy() == labels], minlength=classes)
     present = np.flatnonzero(images)
     return sorted(present[np.argsort(hits[present] / images[present], kind="stable")][:count].tolist())
+
+
+def _trackable(tensor: Tensor) -> Tensor:
+    """A tensor that was made under inference mode cannot be saved for the way back, and a copy of it can."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager

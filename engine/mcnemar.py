@@ -3,7 +3,7 @@
 Sources: McNemar, "Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages" (1947);
 Edwards, "Note on the Correction for Continuity" (1948); Dietterich, "Approximate Statistical Tests for Comparing
 Supervised Classification Learning Algorithms" (1998), where this is the test for two classifiers that were each trained
-once.
+once. Images count as independent: where several are of one patient, p is too small.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -29,12 +30,13 @@ def write_run(
     images: Path | None = None,
     files: tuple[str, ...] | None = None,
     finished: bool = True,
+    patients: int | None = None,
     **options: object,
 ) -> Path:
     """A run on 60 images, of which the classes have fewer and fewer, with ``options`` of `Config`.
 
     With ``images`` they stand in that folder, and the run has the weights of a model that was never trained; ``files``
-    are the first names there. Several seeds are several models of the same images.
+    are the first names there. Several seeds are several models of the same images, which are of so many ``patients``.
     """
     heads = restore_heads(Config(**options), {"diagnosis": ["benign", "malignant"], "subtype": ["early", "late"]})
     config = Config(
@@ -61,6 +63,9 @@ def write_run(
         save_checkpoint(run.best, {"model": model.state_dict(), **args})
     if heads:
         scored = _with_heads(scored, heads, seed)
+    if patients is not None:
+        groups = tuple(f"patient {i % patients}" for i in range(len(scored.files)))
+        scored = dataclasses.replace(scored, groups=groups)
     if finished:
         run.write_predictions(scored.predictions(images or Path("/nowhere")))
         for head, own in scored.heads.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -174,6 +175,13 @@ def test_refused_command_lines(tmp_path, monkeypatch, capsys, flags, message):
     assert not Path("never").exists()
 
 
+def test_an_output_that_is_a_file_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, message in (("file", "is a file; name a folder"), ("file/below", "cannot be made")):
+        assert run(compare.main, ["--recipes", "digits", "--output", str(tmp_path / output)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def outcome(right: list[bool], split: str = "test", *, files: str = "image", **metrics: Any) -> Outcome:
     """Of images of class 0, ``right`` or not."""
     n = len(right)
@@ -211,6 +219,31 @@ def test_recipes_on_other_images_are_shown_and_not_tested():
     assert "b is not tested: image0: is not among the second run's predictions" in text
     assert "test and validation images, seed 0" in text
     assert "Of b the epochs were chosen on the very images scored here" in text
+
+
+def test_seeds_with_test_images_of_their_own_have_no_test_over_seeds():
+    recipes = {
+        name: [outcome([True], files=f"of-seed{seed}-", accuracy=value) for seed, value in enumerate(values)]
+        for name, values in {"a": (0.25, 0.5, 0.5), "b": (0.5, 0.625, 0.75)}.items()
+    }
+    comparison = compare_outcomes(recipes, (0, 1, 2), ("accuracy",))
+    test = comparison["recipes"]["b"]["paired_t_test"]["accuracy"]
+    assert test == {"difference": pytest.approx(5 / 24), "interval": None, "p": None}
+    text = " ".join(format_text(comparison).split())
+    assert "no test over seeds is made" in text
+    assert "paired t-test" not in text
+    assert "the same images" not in text
+    assert "+0.2083" in text
+    fixed = {name: [outcome([True], accuracy=of.metrics["accuracy"]) for of in runs] for name, runs in recipes.items()}
+    assert compare_outcomes(fixed, (0, 1, 2), ("accuracy",))["recipes"]["b"]["paired_t_test"]["accuracy"]["p"] < 0.2
+
+
+def test_images_of_one_patient_are_said_to_count_as_independent():
+    for groups, said in ((None, False), (("one", "two"), False), (("one", "one"), True)):
+        found = outcome([True, False], accuracy=0.5)
+        grouped = Outcome(found.metrics, dataclasses.replace(found.predictions, groups=groups))
+        text = " ".join(format_text(compare_outcomes({"a": [grouped], "b": [grouped]}, (0,), ("accuracy",))).split())
+        assert ("Images of one group (patient) count as independent" in text) is said
 
 
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():

@@ -98,6 +98,13 @@ def test_it_is_the_same_fused_and_leaves_the_model_as_it_was(images):
     assert not fused.layer4._forward_hooks
 
 
+def test_it_is_the_same_under_inference_mode(images):
+    model = model_of()
+    expected = grad_cam(model, images, torch.tensor([1, 0]))
+    with torch.inference_mode():
+        assert torch.equal(grad_cam(model, images.clone(), torch.tensor([1, 0])), expected)
+
+
 def test_an_image_without_evidence_for_the_class_is_zero(images):
     model = model_of()
     with torch.no_grad():

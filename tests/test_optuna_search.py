@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ optuna = pytest.importorskip("optuna")
 
 from engine.cli import run  # noqa: E402
 from engine.command_line import read_recipe  # noqa: E402
+from engine.config import Config  # noqa: E402
 from examples import optuna_search  # noqa: E402
 from tests.image_folders import COLOURS, write_image  # noqa: E402
 
@@ -39,3 +41,18 @@ def test_search_goes_on_and_its_best_figure_is_that_of_the_best_run(tmp_path, ca
     assert {**found, "output": None} == {**tried[best], "output": None}
     with (output / f"trial{best}" / "summary.csv").open() as rows:
         assert float(next(csv.DictReader(rows))["val_loss"]) == pytest.approx(min(values))
+    other = [*argv, "--trials", "1"]
+    other[other.index("loss")] = "accuracy"
+    assert run(optuna_search.main, other) == 2
+    assert "was searched with eval_metric loss, and --eval-metric is now accuracy" in capsys.readouterr().err
+
+
+def test_mixup_is_searched_only_where_it_goes_with_the_rest():
+    options = {"lr": 1e-3, "weight_decay": 0.1, "sampling_alpha": 0.5, "aug_prob": 0.1}
+    subtype = {"subtype": {"classes": {"a": ["x"], "b": ["y"]}}}
+    for config in (Config(loss="ldam"), Config(heads=subtype)):
+        found = optuna_search.options_of(optuna.trial.FixedTrial(options), config)
+        assert "mixup" not in found
+        dataclasses.replace(config, **found)
+    with_mixup = optuna.trial.FixedTrial(options | {"mixup": 0.3})
+    assert optuna_search.options_of(with_mixup, Config())["mixup"] == 0.3

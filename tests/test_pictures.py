@@ -231,6 +231,11 @@ def test_of_many_classes_the_lowest_f1_are_shown():
     lowest = sorted(names, key=lambda name: metrics["per_class"][name]["f1"])[:24]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == lowest
     assert "24 of the lowest F1 of 60 classes" in alt_text(figure)
+    logits, labels = logits_and_labels(60, 900)
+    few = labels < 5
+    figure = draw_class_figures(classification_metrics(logits[few], labels[few], names))
+    assert {label.get_text() for label in figure.axes[0].get_yticklabels()} == set(names[:5])
+    assert "the 5 of the lowest F1 of 60 classes, 55 of them without images" in alt_text(figure)
 
 
 # the confusion matrix

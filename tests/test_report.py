@@ -26,6 +26,7 @@ from engine.provenance import describe_run
 from engine.report import drawings, mistakes
 from engine.report.comparison import pair
 from engine.report.runs import read_run
+from engine.report.settings import without_folders
 from tests.image_folders import write_folder
 from tests.report_runs import CLASSES, EPOCHS, write_cross_validation, write_run
 
@@ -174,6 +175,30 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
         assert float(positive["Specificity"]) == head["specificity"]
 
 
+@pytest.mark.parametrize("when", ({"when": {"diagnosis": "malignant"}}, {}), ids=("divided", "side by side"))
+def test_figures_are_called_end_to_end_only_where_a_head_divides_another(tmp_path, undrawn, when):
+    subtype = {name: value for name, value in TREE["subtype"].items() if name != "when"} | when
+    page = make(tmp_path, write_run(tmp_path / "run", heads=TREE | {"subtype": subtype}))
+    assert ("The figures above are end to end" in page) is bool(when)
+    assert ("The figures above are those of the first head." in page) is not bool(when)
+
+
+def test_an_option_without_a_folder_leaves_sentences_as_they_are():
+    text = "3 images. Of a/data, the scans."
+    assert without_folders(text, {"data_dir": ".", "output": "images"}) == text
+    assert without_folders(text, {"data_dir": "a/data"}) == "3 images. Of data, the scans."
+
+
+def test_what_the_intervals_count_as_independent_is_said(tmp_path, undrawn):
+    page = make(tmp_path, write_run(tmp_path / "by image"))
+    assert "Images count as independent" in page
+    (tmp_path / "page.html").unlink()
+    page = make(tmp_path, write_run(tmp_path / "by patient", patients=17))
+    assert "Images count as independent" not in page
+    assert 'whole groups (patients), of which there are <data value="17">17</data>' in page
+    assert "divided by the design effect of the groups" in page
+
+
 def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path, monkeypatch):
     path = write_run(tmp_path / "run", heads=TREE, images=tmp_path / "images")
     asked = []
@@ -208,6 +233,15 @@ def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
         "--lr": ["0.0005", "0.01"]
     }
     assert "Read with care" not in page
+    assert "count as independent here" not in page
+
+
+def test_mcnemars_test_is_not_read_where_images_share_a_patient(tmp_path, undrawn):
+    runs = write_run(tmp_path / "one", patients=17), write_run(tmp_path / "two", seed=1, patients=17)
+    page = make(tmp_path, *runs)
+    (row,) = table(page, "McNemar&#39;s test against one")[1:]
+    assert row[-1] == "\N{EN DASH}"
+    assert "Images of one group (patient) count as independent here" in page
 
 
 def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path, undrawn):
@@ -344,6 +378,13 @@ def test_what_flatters_the_figures_is_said_before_them(tmp_path, undrawn, split,
         assert page.index(warning) < page.index('class="tiles"')
 
 
+def test_a_comparison_says_which_epochs_were_chosen_on_its_images(tmp_path, undrawn):
+    runs = [write_run(tmp_path / name, split="validation", seed=i) for i, name in enumerate(("one", "two"))]
+    page = make(tmp_path, *runs)
+    assert "The epoch of one, two was chosen on the very images compared here" in page
+    assert "was chosen on the test images" not in page
+
+
 def test_images_that_are_gone_or_not_wanted_are_said_to_be(tmp_path, undrawn, capsys):
     path = write_run(tmp_path / "run", images=tmp_path / "images")
     assert "left out of this page (--no-images)" in make(tmp_path, path)
@@ -422,8 +463,9 @@ def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, undrawn):
-    page = make(tmp_path, write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1))
-    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["run", "run (2)"]
+    of_a, of_b = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1)
+    page = make(tmp_path, of_a, of_b, of_a)
+    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["a/run", "b/run", "a/run (2)"]
 
 
 def test_a_run_writes_down_its_data_its_bad_files_and_its_software(tmp_path, undrawn):

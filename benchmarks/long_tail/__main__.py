@@ -31,6 +31,7 @@ from engine.command_line import about_recipe, read_recipe
 from engine.compare import train_runs
 from engine.comparison import Outcome, compare_outcomes, markdown_table
 from engine.config import Config
+from engine.output import free_file, made_folder
 from engine.predictions import read_predictions
 
 HERE = Path(__file__).parent
@@ -50,7 +51,7 @@ REPORTED = {
 
 def main(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
-    runs, page = Path(args.runs), Path(args.output)
+    page, runs = free_file(args.output, force=True), made_folder(args.runs, flag="--runs")
     found: dict[float, dict[str, Any]] = {}
     for ratio in sorted(RATIOS):
         found[ratio] = compared((PLAIN, REWEIGHTED), ratio, SEEDS, runs)
@@ -209,12 +210,12 @@ def _tests(found: Mapping[float, Mapping[str, Any]]) -> list[list[str]]:
     for ratio in _in_order(found):
         for arm, recipe in found[ratio]["recipes"].items():
             for metric, test in recipe.get("paired_t_test", {}).items():
-                low, high = test["interval"] or (float("nan"), float("nan"))
+                interval = "-" if test["interval"] is None else "{:+.3f} to {:+.3f}".format(*test["interval"])
                 mcnemar = (
                     _listed(f"{pair['p_exact']:.2g}" for pair in recipe["mcnemar"]) if metric == "accuracy" else ""
                 )
                 p = "-" if test["p"] is None else f"{test['p']:.3g}"
-                difference = [f"{test['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", p]
+                difference = [f"{test['difference']:+.3f}", interval, p]
                 rows.append([f"{ratio:g}", f"`{arm}`", metric, *difference, mcnemar])
     return rows
 

@@ -34,7 +34,7 @@ _MOST_CLASSES = 24
 def draw_class_figures(runs: Mapping[str, Any]) -> Figure:
     """Draws a bar of precision, recall and F1 for each class, with the 95% interval where there is one.
 
-    Classes stand in their order; of more than 24 the 24 of the lowest F1, that of the first run.
+    Classes stand in their order; of more than 24 the 24 of the lowest F1, that of the first run, of those with images.
 
     Args:
         runs: what metrics.json holds, or ``{run: that}`` for several runs, which have a bar each.
@@ -44,8 +44,15 @@ def draw_class_figures(runs: Mapping[str, Any]) -> Figure:
     names = list(dict.fromkeys(name for metrics in named.values() for name in metrics["per_class"]))
     about = f"{len(names)} classes"
     if len(names) > _MOST_CLASSES:
-        names = sorted(names, key=lambda name: first.get(name, {}).get("f1", 0.0))[:_MOST_CLASSES]
-        about = f"the {_MOST_CLASSES} of the lowest F1 of {about}"
+        seen = [
+            name
+            for name in names
+            if any(metrics["per_class"].get(name, {}).get("support") for metrics in named.values())
+        ]
+        if len(seen) < len(names):
+            about += f", {len(names) - len(seen)} of them without images"
+        names = sorted(seen, key=lambda name: first.get(name, {}).get("f1", 0.0))[:_MOST_CLASSES]
+        about = f"the {len(names)} of the lowest F1 of {about}"
     if any("intervals" in metrics for metrics in named.values()):
         about += "; lines: 95% intervals"
 

@@ -66,6 +66,11 @@ def comparison_cautions(runs: Sequence[ReportedRun]) -> list[str]:
     if "test" in {selecting_split(run.metrics) for run in runs}:
         chosen = ", ".join(run.name for run in runs if selecting_split(run.metrics) == "test")
         found.append(f"The epoch of {chosen} was chosen on the test images, which flatters it.")
+    flattered = [run.name for run in runs if scored_split(run.metrics) == selecting_split(run.metrics) == "validation"]
+    if flattered:
+        found.append(
+            f"The epoch of {', '.join(flattered)} was chosen on the very images compared here: figures and p flatter."
+        )
     if len({str(run.args.get("data_dir")) for run in runs}) > 1:
         found.append("The runs name different data folders; images are matched by their names within them.")
     return found

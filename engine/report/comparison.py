@@ -17,11 +17,14 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Pairing:
-    """What became of the test of one run against the first: ``test`` on ``images``, or why there is none."""
+    """What became of the test of one run against the first: ``test`` on ``images``, or why there is none; and whether
+    several of these are of one group (patient), which the test counts as independent.
+    """
 
     test: McNemar | None
     images: int
     remark: str = ""
+    share_groups: bool = False
 
 
 def comparable(runs: Sequence[ReportedRun]) -> tuple[list[ReportedRun], list[str]]:
@@ -81,20 +84,24 @@ def pair(first: Predictions | None, second: Predictions | None) -> Pairing:
         return Pairing(None, 0, "no image in common")
     alone = len(first.files) + len(second.files) - 2 * len(shared)
     try:
-        test = compare_predictions(_only(first, shared), _only(second, shared))
+        both = _only(first, shared), _only(second, shared)
+        test = compare_predictions(*both)
     except UserError as error:
         return Pairing(None, len(shared), str(error))
-    return Pairing(test, len(shared), f"not the same images: {alone} were predicted by one run only" if alone else "")
+    remark = f"not the same images: {alone} were predicted by one run only" if alone else ""
+    return Pairing(test, len(shared), remark, any(predictions.share_groups for predictions in both))
 
 
 def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
-    rows = []
+    rows, note = [], ""
     for run in runs[1:]:
         found = pair(runs[0].predictions.get(None), run.predictions.get(None))
         if found.test is None:
             rows.append([name(run.name, found.remark), number(found.images), *[Cell(DASH)] * 4, words(DASH)])
             continue
         test = found.test
+        if found.share_groups:
+            note = "Images of one group (patient) count as independent here, so that p is too small."
         rows.append(
             [
                 name(run.name, found.remark),
@@ -103,14 +110,14 @@ def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
                 number(test.c),
                 Cell(p_text(test.p_exact), test.p_exact),
                 Cell(f"{test.chi2:.2f}", test.chi2),
-                words(_reading(test, runs[0].name, run.name)),
+                words(DASH if found.share_groups else _reading(test, runs[0].name, run.name)),
             ]
         )
     columns = (
         *("Run", "Images of both", f"Only {runs[0].name} right", "Only this run right", "p, exact"),
         *("Chi-square", "Reading at 5%"),
     )
-    return Table(f"McNemar's test against {runs[0].name}", columns, rows)
+    return Table(f"McNemar's test against {runs[0].name}", columns, rows, note=note)
 
 
 def p_text(p: float) -> str:
@@ -184,4 +191,5 @@ def _only(predictions: Predictions, files: set[str]) -> Predictions:
         predictions.labels[rows],
         predictions.predictions[rows],
         predictions.probabilities[rows],
+        None if predictions.groups is None else tuple(predictions.groups[i] for i in rows),
     )

@@ -48,6 +48,7 @@ class Scores:
     split: str
     in_sample: bool
     temperature: float | None
+    groups: int | None = None
     folds: Table | None = None
     positive: str | None = None
     binary: Table | None = None
@@ -81,6 +82,7 @@ class RunView:
     warnings: Sequence[tuple[str, str]]
     scores: Scores | None
     heads: Sequence[Head]
+    end_to_end: bool
     mistakes: Sequence[Mistake]
     mistakes_remark: str
     curves: Picture | None
@@ -182,6 +184,7 @@ def _view(run: ReportedRun, prefix: str, mistakes: Sequence[Mistake], mistakes_r
         warnings=run_cautions(run),
         scores=_scores(metrics, metrics, run.predictions.get(None)) if metrics else None,
         heads=[Head(head, _scores(own, metrics or {}, run.predictions.get(head))) for head, own in heads.items()],
+        end_to_end=all(list(own["per_class"]) != list(run.class_names) for own in heads.values()),
         mistakes=mistakes,
         mistakes_remark=mistakes_remark,
         curves=draw_own_curves(run),
@@ -211,6 +214,7 @@ def _scores(metrics: Mapping[str, Any], of_run: Mapping[str, Any], predictions: 
         split=scored_split(of_run),
         in_sample=scored_split(of_run) == "validation",
         temperature=metrics.get("temperature"),
+        groups=metrics.get("groups") if metrics.get("intervals_by") == "group" else None,
         folds=tables.folds_table(metrics),
         positive=metrics.get("positive_class"),
         binary=tables.binary_table(metrics) if binary else None,

@@ -79,14 +79,22 @@ class ReportedRun:
 
 
 def read_runs(names: Sequence[str]) -> list[ReportedRun]:
-    """Those runs; of equal names the later ones are numbered. Raises UserError as `read_run`."""
-    runs: list[ReportedRun] = []
-    for name in names:
-        path = Path(name)
-        own = path.resolve().name
-        times = sum(run.path.resolve().name == own for run in runs)
-        runs.append(read_run(path, own if not times else f"{own} ({times + 1})"))
-    return runs
+    """Those runs, by the last parts of their names. Raises UserError as `read_run`.
+
+    Of equal names each has the folder above it before it, as in ``plain/seed0``; of names equal still the later ones
+    are numbered.
+    """
+    paths = [Path(name) for name in names]
+    last = [path.resolve().name for path in paths]
+    told = [
+        f"{path.resolve().parent.name}/{own}" if last.count(own) > 1 else own
+        for path, own in zip(paths, last, strict=True)
+    ]
+    before = [told[:i].count(own) for i, own in enumerate(told)]
+    return [
+        read_run(path, f"{own} ({times + 1})" if times else own)
+        for path, own, times in zip(paths, told, before, strict=True)
+    ]
 
 
 def read_run(path: Path, name: str) -> ReportedRun:

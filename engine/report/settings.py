@@ -55,9 +55,10 @@ def data_name(args: Mapping[str, Any]) -> str:
 
 def without_folders(text: str, args: Mapping[str, Any]) -> str:
     """``text`` with the last part alone of each path that the options name."""
-    paths = {str(Path(str(args[key]))) for key in _PATHS if args.get(key)}
-    for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(path, PurePath(path).name)
+    paths = {Path(str(args[key])) for key in _PATHS if args.get(key)}
+    # one of a single part has no folder to leave out, and "." stands in any sentence
+    for path in sorted((path for path in paths if len(path.parts) > 1), key=lambda path: len(str(path)), reverse=True):
+        text = text.replace(str(path), path.name)
     return text
 
 
