@@ -38,13 +38,14 @@ def write_checkpoint(
             nn.init.normal_(module.bias, std=0.1)
             module.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(16, 3, config.img_size, config.img_size))  # for statistics of what passes through
+        # for statistics of what passes through, in the last maps too of more than one pixel
+        model.train()(torch.randn(32, 3, 64, 64))
     for linear in (
         [model.get_submodule(*classifier_names(model))]
         if heads is None
         else [head[-1] for head in model.heads.values()]
     ):
-        nn.init.normal_(linear.weight, std=0.1)
+        nn.init.normal_(linear.weight, std=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"args": config.as_mapping(), "class_names": NAMES, "epoch": 7, "temperature": temperature}
     if heads is not None:
