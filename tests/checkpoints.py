@@ -45,7 +45,7 @@ def write_checkpoint(
         if heads is None
         else [head[-1] for head in model.heads.values()]
     ):
-        nn.init.normal_(linear.weight, std=0.15)
+        nn.init.normal_(linear.weight, std=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"args": config.as_mapping(), "class_names": NAMES, "epoch": 7, "temperature": temperature}
     if heads is not None:
