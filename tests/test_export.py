@@ -118,7 +118,7 @@ def test_torch_export(tmp_path):
     assert told["preprocessing"][1] == "cut out the central square of 0.8 times the shorter side"
     image = Image.open(path).crop((17, 7, 73, 63)).resize((32, 32), Image.Resampling.BILINEAR)
     found, _ = program.module()(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
-    np.testing.assert_allclose(found, load(checkpoint, device="cpu").predict(path).probabilities, atol=2e-3)
+    np.testing.assert_allclose(found, load(checkpoint, device="cpu").predict(path).probabilities, atol=1e-2)
 
 
 def test_weights_are_timms(tmp_path, capsys):
