@@ -36,16 +36,14 @@ def write_checkpoint(
             around = 0.3 if name.endswith(("bn2", "bn3")) else 1.0
             nn.init.uniform_(module.weight, 0.8 * around, 1.2 * around)
             nn.init.normal_(module.bias, std=0.1)
-            module.momentum = 1.0
-    with torch.no_grad():
-        # for statistics of what passes through, in the last maps too of more than one pixel
-        model.train()(torch.randn(32, 3, 64, 64))
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.25)
     for linear in (
         [model.get_submodule(*classifier_names(model))]
         if heads is None
         else [head[-1] for head in model.heads.values()]
     ):
-        nn.init.normal_(linear.weight, std=0.1)
+        nn.init.normal_(linear.weight, std=0.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"args": config.as_mapping(), "class_names": NAMES, "epoch": 7, "temperature": temperature}
     if heads is not None:

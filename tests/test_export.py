@@ -118,7 +118,7 @@ def test_torch_export(tmp_path):
     assert told["preprocessing"][1] == "cut out the central square of 0.8 times the shorter side"
     image = Image.open(path).crop((17, 7, 73, 63)).resize((32, 32), Image.Resampling.BILINEAR)
     found, _ = program.module()(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
-    np.testing.assert_allclose(found, load(checkpoint, device="cpu").predict(path).probabilities, atol=1e-2)
+    np.testing.assert_allclose(found, load(checkpoint, device="cpu").predict(path).probabilities, atol=2e-3)
 
 
 def test_weights_are_timms(tmp_path, capsys):
@@ -155,7 +155,7 @@ TREE = {
 @pytest.fixture(scope="module")
 def with_heads(tmp_path_factory) -> Path:
     classes = {"diagnosis": ("well", "ill"), "kind": ("a", "b", "c")}
-    options = {"model": "timm:test_efficientnet", "img_size": 32, "temperature": 1.25}
+    options = {"model": "resnet18", "img_size": 32, "fused_se": True, "temperature": 1.25}
     return write_checkpoint(tmp_path_factory.mktemp("heads") / "best.pt", heads=TREE, head_classes=classes, **options)
 
 
@@ -165,7 +165,7 @@ def assert_says_what_heads_predict(checkpoint: Path, told: dict[str, Any], found
     outputs = found(torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous())
     of = dict(zip(told["outputs"], map(torch.as_tensor, outputs), strict=True))
     predicted = load(checkpoint, device="cpu").predict(list(shown))
-    assert np.ptp(predicted.probabilities, axis=0).max() > 0.01  # a hundred times the tolerance
+    assert np.ptp(predicted.probabilities, axis=0).max() > 0.05
     np.testing.assert_allclose(of["probabilities"], predicted.probabilities, atol=1e-4)
     for head, (_, probabilities) in predicted.heads.items():
         np.testing.assert_allclose(of[f"probabilities_{head}"], probabilities, atol=1e-4)
@@ -197,7 +197,7 @@ def test_onnx_of_heads_names_the_outputs_of_each(with_heads, tmp_path):
 
 def test_weights_of_heads_start_another_run(with_heads, tmp_path):
     file = exported(with_heads, "safetensors", tmp_path / "model.safetensors")
-    name, heads = "timm:test_efficientnet", {"diagnosis": HeadShape(2, 8), "kind": HeadShape(3)}
+    name, heads = "resnet18", {"diagnosis": HeadShape(2, 8), "kind": HeadShape(3)}
     assert load_pretrained(create_model(name, num_classes=2, heads=heads), name, file).fresh == ()
     (fresh,) = load_pretrained(create_model(name, num_classes=2), name, file).fresh
     assert fresh == "classifier (0 classes in the weights, 2 here)"
@@ -296,11 +296,11 @@ def test_norms_are_folded_where_a_convolution_is_theirs_alone():
 def test_every_norm_of_a_model_of_timm_is_folded():
     """Whose modules stand in another order than they run in."""
     torch.manual_seed(0)
-    model = with_lively_batchnorm(create_model("timm:test_efficientnet", num_classes=2)).eval()
+    model = with_lively_batchnorm(create_model("timm:mobilenetv3_small_050", num_classes=2)).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(images).detach()
     program = torch.export.export(model.requires_grad_(False), (images,))
-    assert fold_norms(program) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 10
+    assert fold_norms(program) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 30
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
 
