@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -73,6 +75,17 @@ def test_a_crop_of_a_file_that_is_no_image_is_refused_by_its_name(tmp_path):
     Path(samples.files[4]).write_bytes(b"no image")
     with pytest.raises(UserError, match=samples.files[4]):
         training_loader(samples, sampler=None)
+
+
+def test_workers_do_not_run_the_script_that_started_them(samples, tmp_path, monkeypatch):
+    """It need not be guarded by ``__name__``, as in a notebook's cell it is not."""
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('run in a worker')")
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    assert len(list(make_loader(samples, pipeline=TorchvisionLoader, workers=1).epoch(0))) == 4
+    assert sys.modules["__main__"] is main
 
 
 def processes_of(loader: TorchvisionLoader) -> list[int]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,7 +53,8 @@ class TorchvisionLoader(Loader):
 
     def _begin(self, epoch: int, start: int) -> Iterator[Any]:
         self._queue.epoch, self._queue.start = epoch, start
-        return iter(self._loader)
+        with _main_out_of_sight():
+            return iter(self._loader)
 
     def _batches(self, batches: Iterator[Any], epoch: int, start: int, run: int) -> Iterator[Batch]:
         for batch in range(start, len(self)):
@@ -73,6 +77,21 @@ def _processes() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+@contextmanager
+def _main_out_of_sight() -> Iterator[None]:
+    """Processes that are started in here do not run the program's main module first.
+
+    They need nothing of it, wait for all that it imports, and a script that is not guarded by ``__name__`` would do
+    its work again in each.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end_with_parent(worker: int) -> None:
