@@ -361,10 +361,8 @@ class Config:
     def _require_what_heads_take(self) -> None:
         if not isinstance(self.class_weights, str):
             raise UserError("--class-weights as numbers do not go with heads, each with its classes; use balanced")
-        for name in ("mixup", "cutmix", "drop"):
-            if getattr(self, name):
-                way_out = "give each head its own drop" if name == "drop" else "leave it out"
-                raise UserError(f"{spelled(name)} {getattr(self, name)} does not go with heads; {way_out}")
+        if self.drop:
+            raise UserError(f"--drop {self.drop} does not go with heads; give each head its own drop")
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:

@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.head_specs import MAIN_COLUMN, HeadSpec, read_head_specs
 from engine.losses import CrossEntropyLoss, make_criterion
 from engine.metrics import check_metric_name
+from engine.mixing import MixedIndices
 from engine.models import HeadShape
 
 NO_LABEL = -1
@@ -191,7 +192,14 @@ class JointLoss(nn.Module):
 
     A mean is taken as by ``nn.CrossEntropyLoss``: with class weights, over the sum of the weights of the labels.
 
-    Shape: logits {head: (B, classes)}; indices (B,) int64, rows of ``table`` (n, heads) int64; to a scalar.
+    Of a mixed batch it is kept * the loss by the images' own labels + (1 - kept) * the loss by their partners', as in
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. For a head that is one weighted mean over the
+    labels that count there, each with its class weight times its share of the image. Each label of the batch is an own
+    one once and a partner's once, so that the shares always add up to the weights of the unmixed batch: how much a
+    head counts hangs neither on ``kept`` nor on which images met, and kept = 1 gives the unmixed loss.
+
+    Shape: logits {head: (B, classes)}; indices (B,) int64, or of a mixed batch both, rows of ``table`` (n, heads)
+    int64; to a scalar.
     """
 
     def __init__(self, criteria: Mapping[str, nn.Module], weights: Mapping[str, float], table: Tensor) -> None:
@@ -202,7 +210,13 @@ class JointLoss(nn.Module):
         self.weights = dict(weights)
         self.table = table
 
-    def forward(self, logits: Mapping[str, Tensor], indices: Tensor) -> Tensor:
+    def forward(self, logits: Mapping[str, Tensor], indices: Tensor | MixedIndices) -> Tensor:
+        if isinstance(indices, Tensor):
+            return self._loss(logits, indices)
+        own, partners = (self._loss(logits, of) for of in (indices.own, indices.partners))
+        return indices.kept * own + (1 - indices.kept) * partners
+
+    def _loss(self, logits: Mapping[str, Tensor], indices: Tensor) -> Tensor:
         # no image is picked out, since the host would have to wait to learn how many there are
         columns = self.table[indices].unbind(1)
         losses = []

@@ -21,11 +21,25 @@ _BLOCKS_PER_STEP = 64  # of random numbers: drawing from a beta distribution tak
 
 
 @dataclass(frozen=True)
+class MixedIndices:
+    """Which images a mixed batch shows, for a criterion that looks up their labels by itself.
+
+    Attributes:
+        own, partners: (B,) int64, the same indices in another order.
+        kept: the share of its own image in each of them; the rest is its partner's.
+    """
+
+    own: Tensor
+    partners: Tensor
+    kept: float
+
+
+@dataclass(frozen=True)
 class Mixing:
     """Mixes each batch by MixUp or CutMix, as a pure function of (seed, epoch, step).
 
     Attributes:
-        num_classes: columns of the targets.
+        num_classes: columns of the targets; None: it is given indices of images for labels, and gives `MixedIndices`.
         seed: any integer.
         mixup, cutmix: alpha of Beta(alpha, alpha), which the coefficient is drawn from; 0 leaves that one out.
         prob: of mixing a batch at all.
@@ -35,7 +49,7 @@ class Mixing:
         UserError: a value out of its range.
     """
 
-    num_classes: int
+    num_classes: int | None
     seed: int
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -54,29 +68,34 @@ class Mixing:
         """Whether it ever mixes anything."""
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """images (B, C, H, W) and labels (B,) int64 -> mixed images and targets (B, num_classes) float32.
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor | MixedIndices]:
+        """images (B, C, H, W) and labels (B,) int64 -> mixed images and targets, (B, num_classes) float32 of labels.
 
         The images keep their dtype and memory format and are not changed in place.
         """
+        images, kept = self._mixed(images, epoch, step)
+        if self.num_classes is None:
+            return images, MixedIndices(labels, labels.roll(1, 0), kept)
+        return images, mixed_targets(labels, self.num_classes, kept)
+
+    def _mixed(self, images: Tensor, epoch: int, step: int) -> tuple[Tensor, float]:
+        """The pictures, and the share of its own image in each of them."""
         rng = generator(Purpose.MIXING, self.seed, epoch, block=step * _BLOCKS_PER_STEP)
         mixes, switches, *place = rng.random(4)
         if not self or mixes >= self.prob:
-            return images, F.one_hot(labels, self.num_classes).float()
+            return images, 1.0
         cuts = self.cutmix > 0 and (self.mixup == 0 or switches < self.switch_prob)
         alpha = self.cutmix if cuts else self.mixup
         kept = float(rng.beta(alpha, alpha))
         if cuts:
-            images, kept = cut_in(images, kept, *place)
-        else:
-            images = images.lerp(images.roll(1, 0), 1 - kept)
-        return images, mixed_targets(labels, self.num_classes, kept)
+            return cut_in(images, kept, *place)
+        return images.lerp(images.roll(1, 0), 1 - kept), kept
 
 
 def make_mixing(config: Config, num_classes: int) -> Mixing:
-    """False where a run mixes nothing."""
+    """False where a run mixes nothing. ``num_classes`` are those of a model without heads."""
     return Mixing(
-        num_classes,
+        None if config.heads else num_classes,
         config.seed,
         mixup=config.mixup,
         cutmix=config.cutmix,

@@ -12,6 +12,7 @@ from engine.config import Config
 from engine.device import Precision
 from engine.ema import ModelEma
 from engine.losses import sum_of_squares
+from engine.mixing import MixedIndices
 from engine.optim import make_optimizer, make_schedule
 from engine.stages import Freezing, make_freezing
 
@@ -71,7 +72,12 @@ def make_training(model: nn.Module, config: Config, precision: Precision, steps_
 
 
 def batch_loss(
-    model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, config: Config, precision: Precision
+    model: nn.Module,
+    criterion: nn.Module,
+    images: Tensor,
+    targets: Tensor | MixedIndices,
+    config: Config,
+    precision: Precision,
 ) -> Tensor:
     """The scalar that a step of one batch lowers."""
     with precision.autocast():

@@ -130,10 +130,9 @@ def train_epoch(
     with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=None) as bar:
         for step in range(steps):
             asked = time.perf_counter()
-            images, targets = next(batches)
+            images, labels = next(batches)
             waited += time.perf_counter() - asked
-            if mixing:
-                images, targets = mixing(images, targets, epoch, step)
+            images, targets = mixing(images, labels, epoch, step) if mixing else (images, labels)
 
             # the last group of an epoch may hold fewer batches
             group_start = step - step % config.grad_accum_steps
@@ -145,7 +144,7 @@ def train_epoch(
             if step + 1 == group_start + group:
                 training.update(config.clip_grad)
 
-            images_seen += len(targets)
+            images_seen += len(images)
             seconds = time.perf_counter() - began
             bar.update()
             bar.set_postfix_str(f"{images_seen / seconds:.0f} img/s, data wait {waited / seconds:.0%}", refresh=False)

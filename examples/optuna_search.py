@@ -38,7 +38,7 @@ _WHERE_ONLY = ("output", "workers", "device")
 
 def options_of(trial: optuna.trial.BaseTrial, config: Config) -> dict[str, Any]:
     """What is searched: fields of `Config`. Change it to your needs."""
-    mixes = not config.heads and config.loss != "ldam"  # neither goes with MixUp
+    mixes = config.loss != "ldam"  # which does not go with MixUp
     return {
         "lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True),
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 0.3, log=True),

@@ -354,7 +354,6 @@ def test_heads_that_cannot_be_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     (
-        ({"mixup": 0.2}, "--mixup 0.2 does not go with heads"),
         ({"drop": 0.5}, "give each head its own drop"),
         ({"eval_metric": "grade.macro_f1"}, "HEAD.METRIC with a head of diagnosis, subtype"),
     ),

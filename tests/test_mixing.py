@@ -65,6 +65,16 @@ def test_batches_keep_dtype_layout_and_what_was_given(options):
     torch.testing.assert_close(targets.sum(1), torch.ones(B))
 
 
+@pytest.mark.parametrize("options", ({"mixup": 0.8}, {"cutmix": 0.8}), ids=("mixup", "cutmix"))
+def test_of_indices_it_says_which_images_each_picture_shows_and_how_much_of_them(options):
+    indices = torch.tensor([7, 3, 4, 3, 9])
+    images = indices[:, None, None, None].expand(-1, 3, H, W).float()
+    pictures, shown = Mixing(None, seed=3, **options)(images, indices, epoch=2, step=7)
+    assert 0 < shown.kept < 1
+    assert torch.equal(shown.own, indices)
+    torch.testing.assert_close(pictures.mean((1, 2, 3)), shown.kept * indices + (1 - shown.kept) * shown.partners)
+
+
 def test_the_coefficient_is_beta_distributed_and_choices_have_their_probabilities():
     images, labels = torch.zeros(2, 1, 64, 64), torch.tensor([0, 1])
     images[1] = 1

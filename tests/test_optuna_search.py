@@ -49,10 +49,12 @@ def test_search_goes_on_and_its_best_figure_is_that_of_the_best_run(tmp_path, ca
 
 def test_mixup_is_searched_only_where_it_goes_with_the_rest():
     options = {"lr": 1e-3, "weight_decay": 0.1, "sampling_alpha": 0.5, "aug_prob": 0.1}
-    subtype = {"subtype": {"classes": {"a": ["x"], "b": ["y"]}}}
-    for config in (Config(loss="ldam"), Config(heads=subtype)):
-        found = optuna_search.options_of(optuna.trial.FixedTrial(options), config)
-        assert "mixup" not in found
-        dataclasses.replace(config, **found)
+    ldam = Config(loss="ldam")
+    found = optuna_search.options_of(optuna.trial.FixedTrial(options), ldam)
+    assert "mixup" not in found
+    dataclasses.replace(ldam, **found)
     with_mixup = optuna.trial.FixedTrial(options | {"mixup": 0.3})
-    assert optuna_search.options_of(with_mixup, Config())["mixup"] == 0.3
+    for config in (Config(), Config(heads={"subtype": {"classes": {"a": ["x"], "b": ["y"]}}})):
+        found = optuna_search.options_of(with_mixup, config)
+        assert found["mixup"] == 0.3
+        dataclasses.replace(config, **found)

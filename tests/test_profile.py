@@ -86,7 +86,7 @@ def test_a_step_is_timed_with_all_that_a_run_does_in_one(monkeypatch):
 
 def test_a_model_with_heads_is_profiled(tmp_path, capsys):
     specs = {"first": {"classes": {"a": ["a"], "other": ["b", "c"]}}, "second": {"when": {"first": "other"}}}
-    config = Config(heads=plain_specs(read_head_specs(specs)), model="resnet18", img_size=32, batch_size=2)
+    config = Config(heads=plain_specs(read_head_specs(specs)), model="resnet18", img_size=32, batch_size=2, mixup=0.2)
     samples = make_samples(tmp_path, [3, 3, 3])
     samples = dataclasses.replace(samples, class_names=("a", "b", "c"))
     figures = profile._profile_model(config, samples, CPU, Precision(CPU, False, "bfloat16"), seconds=0.01)
