@@ -67,6 +67,13 @@ def test_many_groups_have_the_p_that_whole_numbers_give(ahead):
     assert of_differences(differences).p_exact == pytest.approx(float(expected), rel=1e-12)
 
 
+def test_p_knows_no_unit():
+    differences = [1] * 700 + [-1] * 660 + [2] * 30 + [-2] * 10
+    once, thrice = (of_differences([unit * d for d in differences]).p_exact for unit in (1, 3))
+    assert thrice == pytest.approx(once, rel=1e-13)
+    assert once == pytest.approx(scipy.stats.norm.sf((80 - 1) / (1360 + 4 * 40) ** 0.5) * 2, rel=0.01)
+
+
 def test_p_by_chi_square_comes_near_with_many_groups():
     rng = np.random.default_rng(1)
     found = of_differences((rng.integers(1, 4, 900) * np.where(rng.random(900) < 0.55, 1, -1)).tolist())
