@@ -94,11 +94,12 @@ def compare_outcomes(
         ``seeds``, ``against`` (the first recipe's name) and under ``recipes`` for each one
 
         - ``split``, the images that were scored; ``in_sample``, whether epochs were chosen on these; ``same_images``,
-          whether they are those of every seed; ``share_groups``, whether several are of one group (patient);
+          whether they are those of every seed;
         - by metric ``values`` (None where undefined), ``mean`` and ``sd`` (divided by n - 1; None for one seed);
         - but for the first, the ``paired_t_test`` by metric, of which without ``same_images`` the difference alone is
-          known, and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets right. Where the
-          recipes were not scored on the same images both are left out, and ``no_test`` says why.
+          known, and for each seed ``mcnemar``, with ``b`` the images that only the first recipe gets right, and
+          ``by_group`` where several are of one group (patient). Where the recipes were not scored on the same images,
+          or by the same groups, both are left out, and ``no_test`` says why.
     """
     every = [outcome.metrics for of_recipe in outcomes.values() for outcome in of_recipe]
     if not metrics:
@@ -112,7 +113,6 @@ def compare_outcomes(
             "split": ", ".join(dict.fromkeys(outcome.metrics["split"] for outcome in of_recipe)),
             "in_sample": any(_in_sample(outcome.metrics) for outcome in of_recipe),
             "same_images": len({frozenset(outcome.predictions.files) for outcome in of_recipe}) == 1,
-            "share_groups": any(outcome.predictions.share_groups for outcome in of_recipe),
             "metrics": {metric: _mean_and_sd(of_metric) for metric, of_metric in values.items()},
         }
         if name != against:
@@ -225,12 +225,22 @@ def _tables(comparison: Mapping[str, Any]) -> list[tuple[str, Rows]]:
             rows.append(row + (_test_cells(recipe.get("paired_t_test", {}).get(metric)) if tested else []))
         tables.append((metric, rows))
     if tested:
-        rows = [["recipe", "seed", f"right in {against} alone", "right in it alone", "p"]]
+        by_group = _by_group(recipes)
+        rows = [["recipe", "seed", f"right in {against} alone", "right in it alone"]]
+        rows[0] += [f"groups for {against}", "groups for it"] if by_group else []
+        rows[0].append("p")
         for name, recipe in recipes.items():
             for seed, pair in zip(comparison["seeds"], recipe.get("mcnemar", ()), strict=False):
-                rows.append([name, str(seed), str(pair["b"]), str(pair["c"]), _p(pair["p_exact"])])
-        tables.append((f"McNemar's test against {against}, by image", rows))
+                counted = [pair, *([pair["by_group"]] if by_group else [])]
+                counts = [str(of[key]) if of else "-" for of in counted for key in ("b", "c")]
+                rows.append([name, str(seed), *counts, _p(pair["p_exact"])])
+        tables.append((f"McNemar's test against {against}, by {'group' if by_group else 'image'}", rows))
     return tables
+
+
+def _by_group(recipes: Mapping[str, Any]) -> bool:
+    """Whether several images of any test were of one group."""
+    return any(pair["by_group"] for recipe in recipes.values() for pair in recipe.get("mcnemar", ()))
 
 
 def _test_cells(test: Mapping[str, Any] | None) -> list[str]:
@@ -269,8 +279,11 @@ def _notes(comparison: Mapping[str, Any]) -> list[str]:
             "other trainings would. The seeds' tests are of "
             f"{'the same images' if same_images else 'images that overlap'}: they are not several witnesses."
         )
-        if any(recipe["share_groups"] for recipe in recipes.values()):
-            notes.append("Images of one group (patient) count as independent in McNemar's test, so its p is too small.")
+        if _by_group(recipes):
+            notes.append(
+                "Images of one group (patient) are not independent, so that McNemar's p is of whole groups. A group is "
+                "for the network that gets more of its images right, and counts by how many more."
+            )
         notes.append("No p is corrected for how many recipes and metrics are looked at.")
     return notes
 

@@ -42,11 +42,6 @@ class Predictions:
     groups: tuple[str, ...] | None = None
     folds: tuple[int, ...] | None = None
 
-    @property
-    def share_groups(self) -> bool:
-        """Whether several images are of one group, and so not independent."""
-        return self.groups is not None and len(set(self.groups)) < len(self.groups)
-
 
 def predictions_path(path: Path, head: str | None = None) -> Path:
     """Where what one head says stands, beside the ``path`` of what all say together."""

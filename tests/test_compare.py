@@ -238,12 +238,26 @@ def test_seeds_with_test_images_of_their_own_have_no_test_over_seeds():
     assert compare_outcomes(fixed, (0, 1, 2), ("accuracy",))["recipes"]["b"]["paired_t_test"]["accuracy"]["p"] < 0.2
 
 
-def test_images_of_one_patient_are_said_to_count_as_independent():
-    for groups, said in ((None, False), (("one", "two"), False), (("one", "one"), True)):
-        found = outcome([True, False], accuracy=0.5)
-        grouped = Outcome(found.metrics, dataclasses.replace(found.predictions, groups=groups))
-        text = " ".join(format_text(compare_outcomes({"a": [grouped], "b": [grouped]}, (0,), ("accuracy",))).split())
-        assert ("Images of one group (patient) count as independent" in text) is said
+def test_images_of_one_patient_are_tested_by_patient():
+    texts = {}
+    for groups in (None, tuple("abcdefgh"), tuple("aaaaaabc")):
+        runs = [outcome(right, accuracy=0.5) for right in ([True] * 7 + [False], [False] * 7 + [True])]
+        runs = [Outcome(of.metrics, dataclasses.replace(of.predictions, groups=groups)) for of in runs]
+        comparison = compare_outcomes({"a": runs[:1], "b": runs[1:]}, (0,), ("accuracy",))
+        (test,) = comparison["recipes"]["b"]["mcnemar"]
+        texts[groups] = " ".join(format_text(comparison).split())
+        assert f"{test['p_exact']:.4f}" in texts[groups]
+        assert json.loads(json.dumps(test)) == test
+    assert test["by_group"] == {"groups": 3, "b": 2, "c": 1}
+    assert (test["b"], test["c"], test["p_exact"]) == (7, 1, 0.75)  # of +-6 +-1 +-1 those as far from 0 as 6
+    by_image, of_one_each, by_patient = texts.values()
+    assert by_image == of_one_each
+    assert "by image recipe seed right in a alone right in it alone p b 0 7 1 0.0703" in by_image
+    assert (
+        "by group recipe seed right in a alone right in it alone groups for a groups for it p b 0 7 1 2 1" in by_patient
+    )
+    assert "p is of whole groups" in by_patient
+    assert "group" not in by_image
 
 
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():

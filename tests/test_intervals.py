@@ -1,8 +1,6 @@
-"""The bootstrap against exact distributions, Wilson's interval and McNemar's test against scipy's."""
+"""The bootstrap against exact distributions, and Wilson's interval against scipy's."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +9,8 @@ import sklearn.metrics
 import torch
 
 from engine import intervals
-from engine.errors import UserError
 from engine.intervals import bootstrap_intervals, proportion_interval, wilson_interval
-from engine.mcnemar import compare_predictions, mcnemar
 from engine.metrics import count_figures
-from engine.predictions import Predictions
 from tests.test_metrics import DIGITS, absent_altogether, never_predicted, one_class_in_truth, sample
 
 
@@ -255,40 +250,3 @@ def test_wilson_interval_is_scipys(successes, trials):
     expected = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
     assert wilson_interval(successes, trials) == pytest.approx([expected.low, expected.high], abs=1e-12)
     assert wilson_interval(0, 0) is None
-
-
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (5, 5), (3, 14), (40, 22), (0, 60), (2900, 3100)])
-def test_mcnemar_is_the_binomial_test_and_edwards_chi_square(b, c):
-    found = mcnemar(b, c)
-    assert found.p_exact == pytest.approx(scipy.stats.binomtest(b, b + c).pvalue if b + c else 1, rel=1e-9)
-    chi2 = max(0, abs(b - c) - 1) ** 2 / (b + c) if b + c else 0
-    assert found.chi2 == pytest.approx(chi2)
-    assert found.p_chi2 == pytest.approx(scipy.stats.chi2.sf(chi2, df=1), rel=1e-9)
-    assert mcnemar(c, b) == replace(found, b=c, c=b)
-
-
-def predictions(said: dict[str, tuple[str, str]]) -> Predictions:
-    """{file: (truth, prediction)} of the classes "a", "b", "c"."""
-    labels, predicted = torch.tensor([["abc".index(name) for name in pair] for pair in said.values()]).T
-    return Predictions(tuple(said), ("a", "b", "c"), labels, predicted, torch.eye(3)[predicted].double())
-
-
-def test_runs_are_compared_image_by_image():
-    first = {"1": ("a", "a"), "2": ("b", "b"), "3": ("c", "a"), "4": ("a", "c"), "5": ("a", "a")}
-    second = {"5": ("a", "b"), "4": ("a", "a"), "3": ("c", "b"), "2": ("b", "c"), "1": ("a", "a")}
-    found = compare_predictions(predictions(first), predictions(second))
-    assert (found.b, found.c) == (2, 1)
-    assert compare_predictions(predictions(first), predictions(first)).p_exact == 1
-
-
-def test_runs_on_other_images_are_not_compared():
-    one, two = {"1": ("a", "a")}, {"1": ("a", "b"), "2": ("b", "b")}
-    with pytest.raises(UserError, match="2: is not among the first run's predictions"):
-        compare_predictions(predictions(one), predictions(two))
-    with pytest.raises(UserError, match="2: is not among the second run's predictions"):
-        compare_predictions(predictions(two), predictions(one))
-    with pytest.raises(UserError, match="1: is a in the first run and b in the second"):
-        compare_predictions(predictions(one), predictions({"1": ("b", "b")}))
-    twice = replace(predictions(two), files=("1", "1"))
-    with pytest.raises(UserError, match="name a file twice"):
-        compare_predictions(twice, twice)

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -233,15 +234,30 @@ def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
         "--lr": ["0.0005", "0.01"]
     }
     assert "Read with care" not in page
-    assert "count as independent here" not in page
+    assert "whole groups" not in page
 
 
-def test_mcnemars_test_is_not_read_where_images_share_a_patient(tmp_path, undrawn):
-    runs = write_run(tmp_path / "one", patients=17), write_run(tmp_path / "two", seed=1, patients=17)
+def test_images_of_one_patient_are_tested_by_patient(tmp_path, undrawn):
+    runs = write_run(tmp_path / "one", patients=6), write_run(tmp_path / "two", seed=1, patients=6)
     page = make(tmp_path, *runs)
+    told = [read_predictions(path / "predictions.csv") for path in runs]
+    by_image, test = (compare_predictions(*of) for of in ([replace(of, groups=None) for of in told], told))
+    assert test.by_group is not None
+    assert test.p_exact != by_image.p_exact
     (row,) = table(page, "McNemar&#39;s test against one")[1:]
-    assert row[-1] == "\N{EN DASH}"
-    assert "Images of one group (patient) count as independent here" in page
+    assert row[1:4] == ["60", str(test.b), str(test.c)]
+    assert [float(value) for value in row[4:6]] == [test.p_exact, test.chi2]
+    assert row[6] == "no difference shown"
+    assert "<small>of 6 groups</small>" in page
+    assert f"<small>more in {test.by_group.b} group" in page
+    assert "p and chi-square are those of whole groups" in page
+
+
+def test_a_run_that_groups_images_otherwise_has_no_test_and_says_why(tmp_path):
+    runs = [write_run(tmp_path / str(patients), patients=patients) for patients in (6, 7)]
+    found = pair(*(read_predictions(path / "predictions.csv") for path in runs))
+    assert (found.test, found.images) == (None, 60)
+    assert "test/006.png: is of one group with test/000.png in the first run alone" in found.remark
 
 
 def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path, undrawn):

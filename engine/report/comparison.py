@@ -17,14 +17,11 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Pairing:
-    """What became of the test of one run against the first: ``test`` on ``images``, or why there is none; and whether
-    several of these are of one group (patient), which the test counts as independent.
-    """
+    """What became of the test of one run against the first: ``test`` on ``images``, or why there is none."""
 
     test: McNemar | None
     images: int
     remark: str = ""
-    share_groups: bool = False
 
 
 def comparable(runs: Sequence[ReportedRun]) -> tuple[list[ReportedRun], list[str]]:
@@ -84,12 +81,11 @@ def pair(first: Predictions | None, second: Predictions | None) -> Pairing:
         return Pairing(None, 0, "no image in common")
     alone = len(first.files) + len(second.files) - 2 * len(shared)
     try:
-        both = _only(first, shared), _only(second, shared)
-        test = compare_predictions(*both)
+        test = compare_predictions(_only(first, shared), _only(second, shared))
     except UserError as error:
         return Pairing(None, len(shared), str(error))
     remark = f"not the same images: {alone} were predicted by one run only" if alone else ""
-    return Pairing(test, len(shared), remark, any(predictions.share_groups for predictions in both))
+    return Pairing(test, len(shared), remark)
 
 
 def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
@@ -99,18 +95,22 @@ def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
         if found.test is None:
             rows.append([name(run.name, found.remark), number(found.images), *[Cell(DASH)] * 4, words(DASH)])
             continue
-        test = found.test
-        if found.share_groups:
-            note = "Images of one group (patient) count as independent here, so that p is too small."
+        test, below = found.test, ("", "", "")
+        if test.by_group is not None:
+            total, for_first, for_this = map(_groups, (test.by_group.groups, test.by_group.b, test.by_group.c))
+            below = (f"of {total}", f"more in {for_first}", f"more in {for_this}")
+            note = (
+                "Several images are of one group (patient): p and chi-square are those of whole groups, each of which "
+                "counts by how many more of its images one run gets right."
+            )
+        counts = zip((found.images, test.b, test.c), below, strict=True)
         rows.append(
             [
                 name(run.name, found.remark),
-                number(found.images),
-                number(test.b),
-                number(test.c),
+                *(replace(number(count), below=text) for count, text in counts),
                 Cell(p_text(test.p_exact), test.p_exact),
                 Cell(f"{test.chi2:.2f}", test.chi2),
-                words(DASH if found.share_groups else _reading(test, runs[0].name, run.name)),
+                words(_reading(test, runs[0].name, run.name)),
             ]
         )
     columns = (
@@ -121,7 +121,7 @@ def mcnemar_table(runs: Sequence[ReportedRun]) -> Table:
 
 
 def p_text(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.0001 else f"{p:.1e}" if p > 0 else "below 1e-300"
+    return f"{p:.4f}" if p >= 0.0001 else f"{p:.1e}" if p >= 1e-100 else "below 1e-100"
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,10 @@ def _reading(test: McNemar, first: str, second: str) -> str:
     if test.p_exact >= _LEVEL:
         return "no difference shown"
     return f"{first if test.b > test.c else second} is right more often"
+
+
+def _groups(count: int) -> str:
+    return f"{count:,} group{'' if count == 1 else 's'}"
 
 
 def _only(predictions: Predictions, files: set[str]) -> Predictions:
