@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from engine.config import Config, spelled
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
+from engine.data.resident import decoded_for_now
 from engine.data.samples import shorten
 from engine.data.selection import Selection
 from engine.device import Precision
@@ -164,6 +166,15 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
     """Every image once, in order, resized and normalised, nothing else."""
     shown = {"img_size": config.img_size, "crop_pct": config.crop_pct}
     return _make_loader(samples, config, device, precision, training=False, **shown)
+
+
+def shown_once(samples: Samples, config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """Within it loaders of ``samples``, which no run reads again, leave nothing in the cache of decoded images.
+
+    A new set there would take the place of one that a run trains on.
+    """
+    is_resident = config.data_backend == "resident"
+    return decoded_for_now(samples, device, config.workers) if is_resident else nullcontext()
 
 
 def _make_loader(
