@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.cli import warn
 from engine.config import Config, spelled
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
 from engine.data.resident import decoded_for_now
@@ -48,8 +48,7 @@ def open_data(config: Config) -> Splits:
         workers=config.workers,
         imbalance_ratio=config.imbalance_ratio,
     )
-    for warning in splits.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(splits.warnings)
     if config.select_on == "test" and splits.test is None:
         raise UserError("--select-on test: the data has no test images; add --test-fraction 0.2, or leave it out")
     if config.select_on == "test" and splits.val is None and config.sensitivity:
