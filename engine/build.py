@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine.cli import warn
 from engine.config import Config, spelled
 from engine.data import Augmentation, Loader, Samples, Splits, WeightedSampler, make_loader, open_splits, write_digits
+from engine.data.resident import decoded_for_now
 from engine.data.samples import shorten
 from engine.data.selection import Selection
 from engine.device import Precision
@@ -46,8 +48,7 @@ def open_data(config: Config) -> Splits:
         workers=config.workers,
         imbalance_ratio=config.imbalance_ratio,
     )
-    for warning in splits.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(splits.warnings)
     if config.select_on == "test" and splits.test is None:
         raise UserError("--select-on test: the data has no test images; add --test-fraction 0.2, or leave it out")
     if config.select_on == "test" and splits.val is None and config.sensitivity:
@@ -164,6 +165,15 @@ def make_eval_loader(samples: Samples, config: Config, device: torch.device, pre
     """Every image once, in order, resized and normalised, nothing else."""
     shown = {"img_size": config.img_size, "crop_pct": config.crop_pct}
     return _make_loader(samples, config, device, precision, training=False, **shown)
+
+
+def shown_once(samples: Samples, config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """Within it loaders of ``samples``, which no run reads again, leave nothing in the cache of decoded images.
+
+    A new set there would take the place of one that a run trains on.
+    """
+    is_resident = config.data_backend == "resident"
+    return decoded_for_now(samples, device, config.workers) if is_resident else nullcontext()
 
 
 def _make_loader(

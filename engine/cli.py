@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from engine.errors import UserError
@@ -22,6 +22,12 @@ def run(command: Callable[[list[str] | None], int | None], argv: list[str] | Non
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """A line on stderr for each thing that may not have been meant."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ from engine.data.backends import DATA_BACKENDS
 from engine.data.held_out import DUPLICATES, TEST_METHODS
 from engine.data.sampler import EPOCH_SIZES, SAMPLINGS
 from engine.errors import UserError
+from engine.image_flags import WORDS
 from engine.metrics import METRIC_NAMES
 from engine.models import MODEL_NAMES, require_known
 
@@ -49,29 +50,11 @@ class Config:
     val_csv: str | None = _flag(None, "manifest of the validation images", type=str)
     test_csv: str | None = _flag(None, "manifest of the test images", type=str)
     allow_links: bool = _flag(False, "follow links that lead out of --data-dir", switch=True)
-    classes: tuple[str, ...] = _flag((), "take the images of these classes only", names=True)
-    exclude: tuple[str, ...] = _flag(
-        (),
-        "leave out the files whose names match one of these patterns, such as '*_mask*.png'",
-        names=True,
-        metavar="PATTERN",
-    )
-    label_regex: str | None = _flag(
-        None,
-        "take the label of an image in --data-dir from its name, such as 'class(.)[.]png', not from its folder",
-        type=str,
-    )
-    group_regex: str | None = _flag(
-        None,
-        r"take the group, which no two sets may share, from the name of an image, such as 'patient(\d+)_'",
-        type=str,
-    )
-    group_duplicates: str = _flag(
-        "none",
-        "keep on one side of what is taken from train: identical, files of the same bytes; near, also pictures that "
-        "are nearly the same",
-        choices=DUPLICATES,
-    )
+    classes: tuple[str, ...] = _flag((), WORDS["classes"], names=True)
+    exclude: tuple[str, ...] = _flag((), WORDS["exclude"], names=True, metavar="PATTERN")
+    label_regex: str | None = _flag(None, WORDS["label_regex"], type=str)
+    group_regex: str | None = _flag(None, WORDS["group_regex"], type=str)
+    group_duplicates: str = _flag("none", WORDS["group_duplicates"], choices=DUPLICATES)
     test_fraction: float = _flag(
         0.0, "share of each training class held out for testing where no test images are given", type=float
     )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from engine.build import make_eval_loader
+from engine.build import make_eval_loader, shown_once
 from engine.config import Config
 from engine.data import Samples
 from engine.data.decode import BadImage
@@ -107,7 +107,8 @@ def explain(
     numbers = np.arange(len(samples))
     numbered = dataclasses.replace(samples, labels=numbers, class_names=tuple(map(str, numbers)))
     lenient = dataclasses.replace(config, max_bad_fraction=1.0)
-    loader = make_eval_loader(numbered, lenient, device, Precision(device, False, config.amp_dtype))
+    with shown_once(numbered, config, device):
+        loader = make_eval_loader(numbered, lenient, device, Precision(device, False, config.amp_dtype))
     mean, std = (np.array(values, dtype=np.float32) for values in (loader.mean, loader.std))
     for batch, indices in loader.epoch(0):
         shown = indices.cpu().numpy()

@@ -1,4 +1,4 @@
-"""The flags that ``engine.split`` and ``engine.verify`` have in common."""
+"""The flags that ``engine.split`` and ``engine.verify`` have in common, with each other and with a training run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ import argparse
 from engine.data.leakage import HASH_BITS, NEAR_DISTANCE
 from engine.data.selection import Selection
 
+WORDS = {
+    "classes": "take the images of these classes only",
+    "exclude": "leave out the files whose names match one of these patterns, such as '*_mask*.png'",
+    "label_regex": (
+        "take the label of an image in a folder from its name, such as 'class(.)[.]png', not from its class folder"
+    ),
+    "group_regex": r"take the group, which no two sets may share, from the name of an image, such as 'patient(\d+)_'",
+    "group_duplicates": (
+        "keep on one side where images are divided: identical, files of the same bytes; near, also pictures that are "
+        "nearly the same"
+    ),
+}
+"""What is said of the flags that a training run has as well, by their names in `engine.config.Config`."""
+
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="folder that names in a CSV start from; its own without it")
     parser.add_argument("--allow-links", action="store_true", help="accept links to images outside of DIR")
-    parser.add_argument(
-        "--classes", metavar="NAME", nargs="+", default=(), help="take the images of these classes only"
-    )
-    parser.add_argument(
-        "--exclude", metavar="PATTERN", nargs="+", default=(), help="leave out files whose names match, '*_mask*.png'"
-    )
-    parser.add_argument(
-        "--label-regex", metavar="REGEX", help="takes the label in DIR from the name, such as 'class(.)[.]png'"
-    )
+    parser.add_argument("--classes", metavar="NAME", nargs="+", default=(), help=WORDS["classes"])
+    parser.add_argument("--exclude", metavar="PATTERN", nargs="+", default=(), help=WORDS["exclude"])
+    parser.add_argument("--label-regex", metavar="REGEX", help=WORDS["label_regex"])
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--group-column", metavar="NAME", help="column of a CSV that names the group, such as a patient")
-    group.add_argument("--group-regex", metavar="REGEX", help=r"takes the group from the name, such as 'patient(\d+)_'")
+    group.add_argument(
+        "--group-column",
+        metavar="NAME",
+        help="column of a CSV that names the group, such as a patient; by default group, where it has one",
+    )
+    group.add_argument("--group-regex", metavar="REGEX", help=WORDS["group_regex"])
     parser.add_argument(
         "--near-distance",
         metavar="BITS",
@@ -37,7 +49,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 def make_selection(args: argparse.Namespace) -> Selection:
     """What of a source counts, as the flags say; fresh for one reading."""
-    return Selection(tuple(args.classes), tuple(args.exclude), args.label_regex)
+    return Selection(tuple(args.classes), tuple(args.exclude), args.label_regex, args.group_regex)
 
 
 def _distance(text: str) -> int:

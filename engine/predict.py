@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.build import make_eval_loader
+from engine.build import make_eval_loader, shown_once
 from engine.cli import ArgumentParser, run
 from engine.config import Config
 from engine.data import Samples
@@ -186,7 +186,8 @@ def look_at(
     Raises UserError where a probability is not a number.
     """
     precision = Precision(device, config.amp, config.amp_dtype)
-    loader = make_eval_loader(samples, dataclasses.replace(config, max_bad_fraction=1.0), device, precision)
+    with shown_once(samples, config, device):
+        loader = make_eval_loader(samples, dataclasses.replace(config, max_bad_fraction=1.0), device, precision)
     probabilities = nothing_seen(len(samples), class_names, heads)
     with tqdm(total=len(samples), desc="predicting", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader.epoch(0):

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import io
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data
+from engine.build import make_augmentation, make_eval_loader, make_sampler, make_train_loader, open_data, shown_once
 from engine.cli import run
 from engine.command_line import add_run_flags, make_parser, resolve
 from engine.config import Config
@@ -24,7 +23,6 @@ from engine.data import Augmentation, Loader, Samples, WeightedSampler, check_im
 from engine.data.array_sources import holds_arrays
 from engine.data.augment import Drawn, class_rarity
 from engine.data.listing import printable, write_all
-from engine.data.resident import decoded_for_now
 from engine.device import Precision, pick_device
 from engine.errors import UserError
 from engine.output import free_file
@@ -130,9 +128,7 @@ def _images(
         places=places,
         rarities=class_rarity(samples.class_counts())[shown.labels],
     )
-    # a run's own sets stay in the cache, and not these few in the place of one of them
-    is_resident = config.data_backend == "resident"
-    with decoded_for_now(shown, device, config.workers) if is_resident else nullcontext():
+    with shown_once(shown, config, device):
         scoring = make_eval_loader(shown, config, device, precision)
         training = make_train_loader(
             shown, config, device, precision, sampler=OneByOne.of(shown), augmentation=augmentation

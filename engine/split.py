@@ -6,21 +6,23 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.cli import ArgumentParser, run
+from engine.cli import ArgumentParser, run, warn
+from engine.data.cautions import find_class_gaps, find_patients
 from engine.data.division import Division, divide
+from engine.data.folder import find_split_names
+from engine.data.held_out import DUPLICATES, Tied, tie_duplicates
 from engine.data.leakage import Leakage, find_identical, find_leakage
 from engine.data.listing import Listing, format_manifest, printable, read_groups, read_listing, write_all
 from engine.data.samples import shorten
-from engine.data.splitting import merge_groups
+from engine.data.selection import Selection
 from engine.errors import UserError
-from engine.image_flags import add_image_flags, make_selection
+from engine.image_flags import WORDS, add_image_flags, make_selection
 from engine.tables import count_classes, describe_leaks, format_counts, format_leaks, format_ranges, name_ranges
 
 REPORT = "split.json"
@@ -33,34 +35,35 @@ def main(argv: list[str] | None) -> None:
     output = Path(args.output)
     old = _require_free(output, args)
 
-    listing, groups = _read(args)
-    listing, groups, identical, dropped = _without_copies(listing, groups, args)
+    selection = make_selection(args)
+    listing = _read(args, selection)
+    warnings = [*selection.warnings, *_doubts(listing, args, selection)]
+    warn(warnings)
+    listing, dropped = _without_copies(listing, args) if args.dedupe else (listing, [])
+    listing, tied = _with_ties(listing, args)
     division = divide(
-        listing,
-        _bound(listing, groups, identical, args),
+        listing.samples,
+        listing.names,
         fractions=(1 - args.val_fraction - args.test_fraction, args.val_fraction, args.test_fraction),
         folds=args.folds,
         first=args.method == "first",
         seed=args.seed,
     )
-    leakage = find_leakage(
-        listing.samples.files,
-        division.part,
-        groups=groups,
-        identical=identical,
-        near_distance=args.near_distance,
-        workers=args.workers,
-    )
+    leakage = _find_leakage(listing, tied, division, args)
     _require_no_leakage(leakage, listing, division, args)
 
-    manifests = _manifests(listing, division, folds=args.folds is not None)
     parts = _parts(listing, division)
+    gaps = find_class_gaps({name: part.samples for name, part in parts.items() if name != "train"})
+    warn(gaps)
+    manifests = _manifests(listing, division, folds=args.folds is not None)
     files = {name: format_manifest(part, (output / name).parent).encode() for name, part in manifests.items()}
-    report = _report(args, parts, sorted(files), leakage, listing, division, dropped)
+    report = _report(args, parts, sorted(files), leakage, listing, division, dropped) | {"warnings": warnings + gaps}
     files[REPORT] = (json.dumps(report, indent=2) + "\n").encode()
     write_all(output, files, stale=old - files.keys())
 
     print(format_ranges(name_ranges(parts)) if args.method == "first" else format_counts(count_classes(parts)))
+    if remarks := selection.remarks + ([tied.told] if tied else []):
+        print("\n" + "; ".join(remarks))
     if dropped:
         print(f"\ncopies of another image, left out: {len(dropped)} ({printable(shorten(dropped, limit=3))})")
     where = division.name_of_each()
@@ -73,44 +76,63 @@ def main(argv: list[str] | None) -> None:
     print(f"\nwritten to {output}: {', '.join(files)}")
 
 
-def _read(args: argparse.Namespace) -> tuple[Listing, list[str] | None]:
+def _read(args: argparse.Namespace, selection: Selection) -> Listing:
     source = Path(args.source)
     if not source.exists():
         raise UserError(f"{source} does not exist: name a folder with a folder for each class, or a CSV")
     base = Path(args.data_dir) if args.data_dir else None
-    listing = read_listing(source, base, allow_links=args.allow_links, selection=make_selection(args))
-    groups = read_groups(listing, args.source, args.group_column, args.group_regex)
-    if args.group_regex is not None and groups is not None:
-        listing = replace(listing, columns={**listing.columns, "group": tuple(groups)})
-    return listing, groups
+    listing = read_listing(source, base, allow_links=args.allow_links, selection=selection)
+    selection.require_each_class(listing.samples, source)
+    groups = read_groups(listing, args.source, args.group_column, selection)
+    return listing if groups is None else listing.grouped(groups, column=args.group_regex is not None)
 
 
-def _without_copies(
-    listing: Listing, groups: list[str] | None, args: argparse.Namespace
-) -> tuple[Listing, list[str] | None, list[tuple[int, ...]], list[str]]:
-    """Without those that ``--dedupe drop`` leaves out: the rest, its groups, its sets of copies; and the dropped."""
-    identical = find_identical(listing.samples.files, workers=args.workers)
-    if args.dedupe != "drop":
-        return listing, groups, identical, []
+def _doubts(listing: Listing, args: argparse.Namespace, selection: Selection) -> list[str]:
+    source = Path(args.source)
+    found = [
+        find_split_names(source, listing.samples, selection) if source.is_dir() else None,
+        find_patients(listing.samples, listing.names),
+    ]
+    return [warning for warning in found if warning is not None]
+
+
+def _without_copies(listing: Listing, args: argparse.Namespace) -> tuple[Listing, list[str]]:
+    """Without those that ``--dedupe`` leaves out, and their names."""
     copies: set[int] = set()
-    for members in identical:
+    for members in find_identical(listing.samples.files, workers=args.workers):
         labels = {listing.samples.class_names[listing.samples.labels[i]] for i in members}
         if len(labels) > 1:
             names = printable(shorten([listing.names[i] for i in members], limit=3))
-            raise UserError(f"--dedupe drop: {names} are the same image under {shorten(sorted(labels))}: remove one")
+            raise UserError(f"--dedupe: {names} are the same image under {shorten(sorted(labels))}: remove one")
         copies |= set(sorted(members, key=listing.names.__getitem__)[1:])
     kept = [i for i in range(len(listing.names)) if i not in copies]
-    groups = [groups[i] for i in kept] if groups is not None else None
-    return listing.subset(kept), groups, [], sorted(listing.names[i] for i in copies)
+    return listing.subset(kept), sorted(listing.names[i] for i in copies)
 
 
-def _bound(
-    listing: Listing, groups: list[str] | None, identical: Sequence[Sequence[int]], args: argparse.Namespace
-) -> list[str] | None:
-    """What has to stay on one side: the groups, and the copies where ``--dedupe together`` asks for it."""
-    if args.dedupe != "together" or not identical:
-        return groups
-    return merge_groups(groups if groups is not None else listing.names, identical)
+def _with_ties(listing: Listing, args: argparse.Namespace) -> tuple[Listing, Tied | None]:
+    """With the groups that ``--group-duplicates`` makes, which then also stand in a column."""
+    if args.group_duplicates == "none":
+        return listing, None
+    near_distance = args.near_distance if args.group_duplicates == "near" else -1
+    tied = tie_duplicates(listing.samples, listing.names, near_distance=near_distance, workers=args.workers)
+    groups = tied.samples.groups
+    if groups is None or groups == listing.samples.groups:
+        return listing, tied
+    return listing.grouped(groups, column=True), tied
+
+
+def _find_leakage(listing: Listing, tied: Tied | None, division: Division, args: argparse.Namespace) -> Leakage:
+    """Of duplicates that are tied the groups tell, so that no picture is looked at twice."""
+    is_near_tied = args.group_duplicates == "near"
+    found = find_leakage(
+        listing.samples.files,
+        division.part,
+        groups=listing.samples.groups,
+        identical=[] if tied or args.dedupe else find_identical(listing.samples.files, workers=args.workers),
+        near_distance=-1 if is_near_tied else args.near_distance,
+        workers=args.workers,
+    )
+    return replace(found, undecoded=tied.undecoded) if tied and is_near_tied else found
 
 
 def _require_no_leakage(leakage: Leakage, listing: Listing, division: Division, args: argparse.Namespace) -> None:
@@ -119,11 +141,12 @@ def _require_no_leakage(leakage: Leakage, listing: Listing, division: Division, 
         way_out = (
             "use --method stratified"
             if groups
-            else "keep copies together with --dedupe together, or one of each with --dedupe drop"
+            else "keep copies together with --group-duplicates identical, or one of each with --dedupe"
         )
         found, way_out = leakage.shared, f"{way_out}, or write it as it is with --allow-leakage"
     elif leakage.near and args.strict:
-        found, way_out = leakage.near, f"remove them, or lower --near-distance (now {args.near_distance})"
+        found = leakage.near
+        way_out = f"add --group-duplicates near, remove them, or lower --near-distance (now {args.near_distance})"
     else:
         return
     where = division.name_of_each()
@@ -200,7 +223,10 @@ def _settle(args: argparse.Namespace) -> None:
     for wrong, message in (
         (first and args.folds is not None, "--folds does not go with --method first"),
         (first and args.val_fraction, "--val-fraction does not go with --method first, which makes train and test"),
-        (first and args.dedupe == "together", "--dedupe together does not go with --method first; use --dedupe drop"),
+        (
+            args.group_duplicates == "near" and args.near_distance < 0,
+            f"--group-duplicates near and --near-distance {args.near_distance}, which looks for none: leave one out",
+        ),
         (
             args.folds is not None and asked,
             "--folds divides all images: split off a test set first, then its train.csv",
@@ -240,7 +266,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-fraction", type=float, help="share for testing (default: 0.15; first: 0.2)")
     parser.add_argument("--folds", type=int, metavar="K", help="K pairs of train and validation instead")
     parser.add_argument("--seed", type=int, default=42, help="of the division (default: 42)")
-    parser.add_argument("--dedupe", choices=("together", "drop"), help="copies: keep on one side, or keep one of each")
+    parser.add_argument(
+        "--group-duplicates",
+        choices=DUPLICATES,
+        default="none",
+        help=f"{WORDS['group_duplicates']}, by --near-distance (default: none)",
+    )
+    parser.add_argument("--dedupe", action="store_true", help="of files of the same bytes leave out all but the first")
     parser.add_argument("--allow-leakage", action="store_true", help="write groups or copies on two sides all the same")
     parser.add_argument("--strict", action="store_true", help="refuse near-duplicates on two sides as well")
     parser.add_argument("--force", action="store_true", help="replace an older split in --output")

@@ -46,7 +46,7 @@ def main(argv: list[str] | None) -> int:
     everything = join_listings(list(parts.values()))
     where = [name for name, part in parts.items() for _ in part.names]
     number = np.unique(where, return_inverse=True)[1]
-    groups = _groups(everything, args)
+    groups = read_groups(everything, "not every manifest", args.group_column, make_selection(args))
 
     probes = [found for part in parts.values() for found in probe_samples(part.samples, workers=args.workers)]
     bad = _bad_files(args, everything.samples.files, probes)
@@ -148,14 +148,6 @@ def _open(args: argparse.Namespace) -> dict[str, Listing]:
     return dict(zip(names, [first, *others], strict=True))
 
 
-def _groups(everything: Listing, args: argparse.Namespace) -> list[str] | None:
-    """``engine.split --group-regex`` writes a column named group, so that needs no flag."""
-    column = args.group_column
-    if column is None and args.group_regex is None and "group" in everything.columns:
-        column = "group"
-    return read_groups(everything, "not every manifest", column, args.group_regex)
-
-
 def _bad_files(args: argparse.Namespace, files: Sequence[str], probes: Sequence[Probe]) -> list[BadFile]:
     bad = [BadFile(file, found.reason) for file, found in zip(files, probes, strict=True) if found.reason]
     root = Path(args.sources[0])
@@ -171,7 +163,7 @@ def _leakage(
     args: argparse.Namespace,
     pictures: Sequence[Picture],
     part: np.ndarray,
-    groups: list[str] | None,
+    groups: Sequence[str] | None,
     identical: Sequence[Sequence[int]],
 ) -> Leakage:
     return find_leakage(

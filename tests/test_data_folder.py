@@ -97,9 +97,10 @@ def test_a_folder_called_as_a_split_is_a_class_only_with_a_warning(data):
     make_folder(data, {"test": 2})
     splits = open_splits(data_dir=data)
     assert splits.train.class_names == ("a", "b", "test")
-    (warning,) = splits.warnings
-    assert f"{data / 'test'}: without a train/ read as a class; name the classes with --classes" in warning
-    assert open_splits(data_dir=data, selection=Selection(classes=("a", "b", "test"))).warnings == ()
+    told = f"{data / 'test'}: without a train/ read as a class; name the classes with --classes"
+    assert [told in warning for warning in splits.warnings if "without a train/" in warning] == [True]
+    named = open_splits(data_dir=data, selection=Selection(classes=("a", "b", "test")))
+    assert not any("without a train/" in warning for warning in named.warnings)
     make_folder(data, {"train/a": 2, "train/b": 2})
     (data / "test").rename(data / "train" / "test")
-    assert open_splits(data_dir=data).warnings == ()
+    assert not any("without a train/" in warning for warning in open_splits(data_dir=data).warnings)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.data import decoded
 from engine.data.decode import BadImage
 from engine.errors import UserError
 from engine.grad_cam import explain, explained_examples, grad_cam
@@ -188,7 +189,8 @@ def test_a_run_without_mistakes_says_so(run):
     assert "every image is right" in texts(draw_mistakes(right, Originals(config).pixels))
 
 
-def test_examples_are_explained_class_by_class(run):
+def test_examples_are_explained_class_by_class(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "cache_folder", lambda: tmp_path / "cache")
     predictions, config = run
     model = model_of()
     originals = Originals(config)
@@ -204,6 +206,7 @@ def test_examples_are_explained_class_by_class(run):
     np.testing.assert_allclose(wrong.image[50, 50], np.array([60, 10, 200]) / 255, atol=1e-3)
     assert rows["$alignant"][0].image is None and "No such file" in rows["$alignant"][0].reason
 
+    assert list((tmp_path / "cache" / "decoded").iterdir()) == []  # which is for the sets of a run
     figure = draw_evidence(rows)
     assert "images of $alignant" in texts(figure)
     drawn = [axes.images[0].get_array() for axes in figure.axes if axes.images]

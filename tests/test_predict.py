@@ -14,9 +14,10 @@ from engine.build import make_eval_loader
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.config import Config
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, open_samples
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, Samples, decoded, open_samples
 from engine.data.check import probe_files
 from engine.data.decode import decode_image
+from engine.data.decoded import open_decoded
 from engine.data.listing import printable
 from engine.data.probe import Probe
 from engine.data.unlabelled import find_images
@@ -114,6 +115,18 @@ def test_probabilities_are_those_that_evaluation_scores(tmp_path):
     assert [row["filename"] for row in rows] == list(samples.files)
     assert len(rows) == 6
     np.testing.assert_array_equal(probabilities(rows), logits.softmax(dim=1).numpy())
+
+
+def test_what_is_predicted_leaves_nothing_in_the_cache_of_a_runs_pixels(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoded, "cache_folder", lambda: tmp_path / "cache")
+    found = find_images([str(images)])
+    own = Samples(tuple(found.names)[:2], np.zeros(2, dtype=np.int64), ("a",))
+    open_decoded(own, workers=1, admit=lambda *_: None)
+    of_runs = list((tmp_path / "cache" / "decoded").iterdir())
+    model = create_model("seresnet18", num_classes=len(NAMES)).eval()
+    config = Config(img_size=16, amp=False, workers=1, data_backend="resident")
+    assert not predict.predict(model, NAMES, found, config, CPU).reasons
+    assert list((tmp_path / "cache" / "decoded").iterdir()) == of_runs != []
 
 
 def test_files_come_as_given_and_folders_sorted(images, tmp_path, monkeypatch):

@@ -1,62 +1,22 @@
-"""``engine.split``: whole groups, fixed counts, nothing on two sides, nothing overwritten."""
+"""``engine.split``: what it writes, nothing on two sides, nothing overwritten."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from sklearn.model_selection import StratifiedGroupKFold
 
 from engine import split
 from engine.cli import run
 from engine.data import open_splits
 from engine.data.listing import write_all
-from engine.data.splitting import (
-    PARTS,
-    fold_stratified,
-    merge_groups,
-    split_first,
-    split_groups,
-    split_stratified,
-)
+from engine.data.splitting import PARTS
 from engine.errors import UserError
 from tests.data_helpers import make_folder, picture, save
-
-THIRDS = (0.7, 0.15, 0.15)
-
-
-def divided(capsys, *argv: str | Path) -> str:
-    """What the command prints; it must succeed."""
-    capsys.readouterr()
-    status = run(split.main, [*map(str, argv)])
-    printed = capsys.readouterr()
-    assert status == 0, printed.err
-    return printed.out
-
-
-def refused(capsys, output: Path, *argv: str | Path) -> str:
-    """The one line that the command ends with; nothing may have been written."""
-    before = sorted(output.rglob("*"))
-    capsys.readouterr()
-    assert run(split.main, [*map(str, argv), "--output", str(output)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert sorted(output.rglob("*")) == before
-    return lines[0]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def names_in(path: Path) -> set[str]:
-    return {Path(row["filename"]).name for row in rows(path)}
+from tests.split_command import divided, names_in, refused, rows
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -110,95 +70,7 @@ def test_first_split_has_the_counts_and_ranges_of_the_tuberculosis_data(tmp_path
     assert (splits.train.class_counts() + splits.val.class_counts()).tolist() == [3040, 640]
 
 
-@pytest.mark.parametrize(
-    ("count", "fraction", "expected"), [(1, 0.2, 0), (4, 0.2, 0), (5, 0.2, 1), (9, 0.2, 1), (7, 0.5, 3)]
-)
-def test_first_split_rounds_down(count, fraction, expected):
-    names = [f"{i}" for i in reversed(range(count))]
-    part = split_first(names, np.zeros(count, dtype=int), fraction)
-    assert sorted(names[i] for i in np.flatnonzero(part == 2)) == sorted(names)[:expected]
-
-
-# By chance, class by class
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_stratified_split_keeps_the_shares_and_every_class_everywhere(seed):
-    counts = [3, 4, 7, 20, 133, 432]
-    labels = np.repeat(np.arange(6), counts)
-    names = [f"{label}/{i}" for i, label in enumerate(labels)]
-    part = split_stratified(names, labels, THIRDS, seed)
-    for label, count in enumerate(counts):
-        found = np.bincount(part[labels == label], minlength=3)
-        assert (found >= 1).all()
-        assert (
-            np.abs(found[1:] - count * 0.15).max() <= 0.85
-        )  # half an image by rounding, or the one that must be there
-        assert found.sum() == count
-
-
-@pytest.mark.parametrize(("count", "fractions", "expected"), [
-    (1, THIRDS, [1, 0, 0]),
-    (2, (0.6, 0.15, 0.25), [1, 0, 1]),
-    (3, (0.1, 0.45, 0.45), [1, 1, 1]),
-    (4, (0.1, 0.45, 0.45), [1, 1, 2]),
-    (2, (0.8, 0.0, 0.2), [1, 0, 1]),
-    (10, (0.8, 0.0, 0.2), [8, 0, 2]),
-])  # fmt: skip
-def test_small_classes_are_spread_as_far_as_they_reach(count, fractions, expected):
-    part = split_stratified([str(i) for i in range(count)], np.zeros(count, dtype=int), fractions, 0)
-    assert np.bincount(part, minlength=3).tolist() == expected
-
-
-@pytest.mark.parametrize("way", ["stratified", "folds", "groups"])
-def test_a_split_does_not_depend_on_the_order_of_the_list(way):
-    rng = np.random.default_rng(0)
-    names = [f"{i:03d}" for i in range(90)]
-    labels = rng.integers(0, 3, 90)
-    groups = [f"g{g}" for g in rng.integers(0, 30, 90)]
-
-    def parts(order, seed=1):
-        chosen, of = [names[i] for i in order], labels[order]
-        if way == "groups":
-            part = split_groups(of, [groups[i] for i in order], THIRDS, seed, num_classes=3)
-        else:
-            part = (
-                split_stratified(chosen, of, THIRDS, seed)
-                if way == "stratified"
-                else fold_stratified(chosen, of, 4, seed)
-            )
-        return dict(zip(chosen, part.tolist(), strict=True))
-
-    assert parts(np.arange(90)) == parts(rng.permutation(90))
-    assert parts(np.arange(90)) != parts(np.arange(90), seed=2)
-
-
-def test_one_class_does_not_depend_on_another():
-    names = [f"a{i:02d}" for i in range(30)] + [f"b{i:02d}" for i in range(30)]
-    labels = np.repeat([0, 1], 30)
-    whole = split_stratified(names, labels, THIRDS, 5)
-    without = split_stratified(names[:10] + names[30:], np.repeat([0, 1], [10, 30]), THIRDS, 5)
-    assert whole[30:].tolist() == without[10:].tolist()
-
-
-def test_a_seed_means_what_it_meant():
-    """A seed in a paper has to mean the same division tomorrow."""
-    part = split_stratified([f"{i:02d}" for i in range(20)], np.repeat([0, 1], 10), (0.6, 0.2, 0.2), 42)
-    assert "".join(str(p) for p in part) == "20010102000002100201"
-
-
 # Folds
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_folds_are_a_balanced_partition(seed):
-    counts = [2, 5, 11, 40]
-    labels = np.repeat(np.arange(4), counts)
-    fold = fold_stratified([str(i) for i in range(58)], labels, 4, seed)
-    table = np.array([np.bincount(fold[labels == label], minlength=4) for label in range(4)])
-    assert table.sum() == 58
-    assert (table.max(axis=1) - table.min(axis=1)).max() <= 1
-    assert np.ptp(table.sum(axis=0)) <= 1
 
 
 @pytest.mark.parametrize("grouped", [(), ("--group-column", "patient")])
@@ -219,40 +91,6 @@ def test_folds_are_written_as_pairs_that_share_nothing(patients, tmp_path, capsy
 
 
 # Groups
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_groups_are_never_divided_and_every_class_reaches_every_part(seed):
-    rng = np.random.default_rng(seed)
-    num_groups, classes = rng.integers(12, 80), rng.integers(2, 5)
-    group_of = rng.integers(0, num_groups, rng.integers(100, 400))
-    label_of_group = rng.choice(classes, num_groups, p=rng.dirichlet(np.full(classes, 2)))
-    mixed = rng.random(len(group_of)) < rng.choice([0, 0.1])
-    labels = np.where(mixed, rng.integers(0, classes, len(group_of)), label_of_group[group_of])
-    part = split_groups(labels, [f"p{g}" for g in group_of], THIRDS, seed, num_classes=classes)
-    for g in np.unique(group_of):
-        assert len(set(part[group_of == g])) == 1
-    assert set(part) == {0, 1, 2}
-    for label in np.unique(labels):
-        if not mixed.any() and len(set(group_of[labels == label])) >= 3:
-            assert set(part[labels == label]) == {0, 1, 2}
-
-
-def test_grouped_folds_are_as_balanced_as_those_of_scikit_learn():
-    ours, theirs = [], []
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        group_of = rng.choice(60, 400, p=rng.dirichlet(np.full(60, 1.0)))
-        labels = (rng.random(60) < 0.2)[group_of].astype(int)
-        peer = np.zeros(400, dtype=int)
-        folds = StratifiedGroupKFold(4, shuffle=True, random_state=seed).split(labels, labels, group_of)
-        for k, (_, val) in enumerate(folds):
-            peer[val] = k
-        mine = split_groups(labels, [str(g) for g in group_of], [0.25] * 4, seed, num_classes=2)
-        for fold, into in ((mine, ours), (peer, theirs)):
-            shares = [np.bincount(fold[labels == c], minlength=4) / np.sum(labels == c) for c in (0, 1)]
-            into.append(np.abs(np.array(shares) - 0.25).mean())
-    assert np.mean(ours) < 1.05 * np.mean(theirs)
 
 
 def test_a_column_of_groups_and_the_other_columns_reach_the_manifests(patients, tmp_path, capsys):
@@ -280,77 +118,22 @@ def test_groups_from_names_are_written_as_a_column(patients, tmp_path, capsys):
     assert {row["group"] for row in train}.isdisjoint(row["group"] for row in test)
 
 
-def test_merged_groups_join_through_each_other():
-    groups = ["a", "b", "c", "d", "b", "e"]
-    assert merge_groups(groups, [(2, 3), (0, 1), (4, 3)]) == ["a", "a", "a", "a", "a", "e"]
-    assert merge_groups(groups, []) == groups
-
-
 # Copies
 
 
-@pytest.fixture
-def copies(tmp_path: Path) -> Path:
-    """Two classes of 20, the last 10 of class a the same as its first 10."""
-    folder = make_folder(tmp_path / "x", {"a": 20, "b": 20})
-    for i in range(10):
-        (folder / "a" / f"{i + 10:03d}.png").write_bytes((folder / "a" / f"{i:03d}.png").read_bytes())
-    return folder
-
-
-def test_the_same_bytes_on_two_sides_are_refused_with_the_ways_out(copies, tmp_path, capsys):
-    line = refused(capsys, tmp_path / "out", copies)
-    assert "a/0" in line
-    assert "(same bytes)" in line
-    assert all(flag in line for flag in ("--dedupe together", "--dedupe drop", "--allow-leakage"))
-
-
-def test_copies_are_kept_together(copies, tmp_path, capsys):
-    divided(capsys, copies, "--dedupe", "together", "--output", tmp_path / "out")
-    part_of = {
-        row["filename"]: part for part in PARTS for row in rows(tmp_path / "out" / f"{part}.csv") if row["label"] == "a"
-    }
-    assert len(part_of) == 20
-    assert set(part_of.values()) == set(PARTS)
-    for i in range(10):
-        assert part_of[str(copies / f"a/{i:03d}.png")] == part_of[str(copies / f"a/{i + 10:03d}.png")]
-
-
-def test_one_of_each_copy_is_kept(copies, tmp_path, capsys):
-    printed = divided(capsys, copies, "--dedupe", "drop", "--output", tmp_path / "out")
-    assert "copies of another image, left out: 10 (a/010.png, a/011.png, a/012.png and 7 more)" in printed
-    kept = [row["filename"] for part in PARTS for row in rows(tmp_path / "out" / f"{part}.csv") if row["label"] == "a"]
-    assert sorted(kept) == [str(copies / f"a/{i:03d}.png") for i in range(10)]
-
-
-def test_leakage_can_be_allowed_and_is_then_told(copies, tmp_path, capsys):
-    printed = divided(capsys, copies, "--allow-leakage", "--output", tmp_path / "out")
-    assert "on two sides (--allow-leakage): " in printed
-    shared = json.loads((tmp_path / "out" / "split.json").read_text())["shared"]
-    assert shared
-    assert all(leak["why"] == "same bytes" and len(set(leak["parts"])) == 2 for leak in shared)
-
-
-def test_copies_under_two_labels_are_not_chosen_from(copies, tmp_path, capsys):
-    (copies / "b" / "000.png").write_bytes((copies / "a" / "000.png").read_bytes())
-    line = refused(capsys, tmp_path / "out", copies, "--dedupe", "drop")
-    assert "a/000.png, a/010.png, b/000.png are the same image under a, b" in line
+def test_a_manifests_own_groups_stay_whole_without_a_flag(patients, tmp_path, capsys):
+    patients.write_text(patients.read_text().replace("patient,", "group,", 1))
+    divided(capsys, patients, "--output", tmp_path)
+    of_part = [{row["group"] for row in rows(tmp_path / f"{part}.csv")} for part in PARTS]
+    assert sum(map(len, of_part)) == len(set.union(*of_part)) == 24
+    both = refused(capsys, tmp_path / "out", patients, "--group-regex", r"patient(\d+)_")
+    assert "--group-regex: the manifest has a column group itself; leave one of the two out" in both
 
 
 def test_groups_on_two_sides_are_refused(patients, tmp_path, capsys):
     line = refused(capsys, tmp_path / "out", patients, "--method", "first", "--group-column", "patient")
     assert "(group p" in line
     assert "--method stratified" in line
-
-
-def test_near_duplicates_are_told_and_with_strict_refused(tmp_path, capsys):
-    folder = make_folder(tmp_path / "x", {"a": 8, "b": 8})
-    for i in range(8):
-        save(folder / "a" / f"{i:03d}.bmp", picture(12, 10, seed=i))
-    assert "near-duplicates on two sides: " in divided(capsys, folder, "--output", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "split.json").read_text())["near_duplicates"]
-    assert "of 64 bits apart" in refused(capsys, tmp_path / "strict", folder, "--strict")
-    divided(capsys, folder, "--strict", "--near-distance", "-1", "--output", tmp_path / "not_looked_for")
 
 
 # Files
@@ -435,11 +218,11 @@ def test_a_manifest_is_not_replaced_by_its_own_parts(tmp_path, capsys):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--folds", "1"], "--folds 1: there must be at least 2"),
-    (["--folds", "99"], "40 images cannot make 99 parts"),
+    (["--folds", "99"], "40 images cannot make 99 folds"),
     (["--folds", "3", "--test-fraction", "0.1"], "split off a test set first"),
     (["--folds", "3", "--method", "first"], "--folds does not go with --method first"),
     (["--method", "first", "--val-fraction", "0.1"], "--val-fraction does not go with --method first"),
-    (["--method", "first", "--dedupe", "together"], "use --dedupe drop"),
+    (["--group-duplicates", "near", "--near-distance", "-1"], "which looks for none: leave one out"),
     (["--val-fraction", "0.5", "--test-fraction", "0.5"], "below 1"),
     (["--val-fraction", "-0.1"], "neither may be negative"),
     (["--val-fraction", "0", "--test-fraction", "0"], "above 0"),
@@ -477,6 +260,12 @@ def test_sources_that_cannot_be_split(patients, tmp_path, capsys):
     patients.write_text(text)
     assert run(split.main, [str(patients), "--output", str(tmp_path / "file" / "below")]) == 2
     assert "cannot write to" in capsys.readouterr().err
+
+
+def test_a_class_that_patterns_empty_is_refused_as_by_a_run(patients, tmp_path, capsys):
+    sick = sorted({Path(row["filename"]).name[:10] + "*" for row in rows(patients) if row["label"] == "sick"})
+    line = refused(capsys, tmp_path / "out", patients, "--exclude", *sick)
+    assert "class 'sick' holds no image to train on but what --exclude leaves out" in line
 
 
 def test_a_name_that_is_not_utf8_is_refused_in_print(tmp_path, capsys):

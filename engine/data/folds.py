@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.data.division import divide
 from engine.data.samples import Head, Samples
-from engine.data.splitting import fold_stratified, split_groups
 from engine.errors import UserError
 
 
@@ -22,22 +22,12 @@ def hold_out_fold(
     Raises:
         UserError: fewer images or groups than folds, or a class that is in one fold alone, or in one image or group.
     """
-    classes = len(samples.class_names)
-    units, what = (len(samples), "images") if samples.groups is None else (len(set(samples.groups)), "groups")
-    if units < folds:
-        raise UserError(f"--folds {folds}: {units} {what} cannot make as many; ask for fewer")
-    if samples.groups is None:
-        fold_of = fold_stratified(names or samples.files, samples.labels, folds, seed)
-    else:
-        fold_of = split_groups(samples.labels, samples.groups, [1 / folds] * folds, seed, num_classes=classes)
-    for label, name in enumerate(samples.class_names):
-        own = np.unique(fold_of[samples.labels == label])
-        if len(own) == 1:
-            raise UserError(
-                f"--folds {folds}: class {name!r} is in fold {own[0]} alone, whose training would have no image of it: "
-                f"it has too few {what}; leave it out, or try another --seed"
-            )
-    return samples.subset(np.flatnonzero(fold_of != fold)), samples.subset(np.flatnonzero(fold_of == fold))
+    try:
+        division = divide(samples, names or samples.files, fractions=(), folds=folds, first=False, seed=seed)
+    except UserError as error:
+        raise UserError(f"--folds {folds}: {error}") from error
+    is_held_out = division.part == fold
+    return samples.subset(np.flatnonzero(~is_held_out)), samples.subset(np.flatnonzero(is_held_out))
 
 
 def join(train: Samples, val: Samples) -> Samples:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.data.counter import Purpose, generator
 from engine.data.division import divide
 from engine.data.leakage import (
-    NEAR_DISTANCE,
     find_identical,
     find_leakage,
     find_near_sets,
     find_shared_groups,
     hash_pictures,
 )
-from engine.data.listing import Listing, printable
+from engine.data.listing import printable
 from engine.data.samples import Samples
 from engine.data.splitting import merge_groups, split_groups
 from engine.errors import UserError
@@ -27,6 +26,16 @@ TEST_METHODS = {"stratified": "{} of each class", "first": "the first {} of each
 """How a test set is taken from train, and how that is told of a share."""
 DUPLICATES = ("none", "identical", "near")
 """What is looked for to be kept on one side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tied:
+    """``samples`` whose groups hold each set of duplicates together; ``told`` of it in a few words; ``undecoded``: how
+    many files could not be compared."""
+
+    samples: Samples
+    told: str
+    undecoded: int
 
 
 def take_test(
@@ -43,9 +52,8 @@ def take_test(
         UserError: a part would be empty, train would lose a class, or "first" would tear a group apart.
     """
     fractions = (1 - fraction, 0.0, fraction)
-    listing = Listing(train, tuple(names), {})
     try:
-        division = divide(listing, train.groups, fractions=fractions, folds=None, first=method == "first", seed=seed)
+        division = divide(train, names, fractions=fractions, folds=None, first=method == "first", seed=seed)
     except UserError as error:
         raise UserError(f"--test-fraction {fraction:g}: {error}") from error
     torn = find_shared_groups(train.groups, division.part) if train.groups is not None else []
@@ -73,24 +81,28 @@ def take_validation(train: Samples, names: Sequence[str], fraction: float, seed:
     return train.subset(np.flatnonzero(~is_val)), train.subset(np.flatnonzero(is_val))
 
 
-def tie_duplicates(samples: Samples, names: Sequence[str], *, near: bool, workers: int) -> tuple[Samples, str]:
-    """The samples with each set of duplicates in one group, those that they were in before merged; and what was tied.
+def tie_duplicates(samples: Samples, names: Sequence[str], *, near_distance: int, workers: int) -> Tied:
+    """The samples with each set of duplicates in one group, those that they were in before merged.
 
-    Duplicates are files of the same bytes or arrays of the same pixels, and with ``near`` pictures whose difference
-    hashes (`engine.data.leakage`) are ``NEAR_DISTANCE`` bits apart or less, and what is so tied by way of others.
-    ``names`` are distinct, and become groups where there are none.
+    Duplicates are files of the same bytes or arrays of the same pixels, and unless ``near_distance`` is negative
+    pictures whose difference hashes (`engine.data.leakage`) are so many bits apart or less, and what is so tied by way
+    of others. ``names`` are distinct, and become groups where there are none.
     """
     pictures = samples.pictures()
     sets: list[Sequence[int]] = list(find_identical(pictures, workers=workers))
-    if near:
-        sets += find_near_sets(hash_pictures(pictures, workers=workers), NEAR_DISTANCE)
+    undecoded = 0
+    if near_distance >= 0:
+        hashes = hash_pictures(pictures, workers=workers)
+        sets += find_near_sets(hashes, near_distance)
+        undecoded = int((~hashes.any(axis=1)).sum())
     if not sets:
-        return samples, "no duplicates"
+        return Tied(samples, "no duplicates", undecoded)
     groups = merge_groups(samples.groups if samples.groups is not None else names, sets)
-    return replace(samples, groups=tuple(groups)), _describe_ties(merge_groups(names, sets), samples.labels)
+    told = _describe_ties(merge_groups(names, sets), samples.labels)
+    return Tied(replace(samples, groups=tuple(groups)), told, undecoded)
 
 
-def find_given_duplicates(parts: Sequence[Samples], *, near: bool, workers: int) -> str | None:
+def find_given_duplicates(parts: Sequence[Samples], *, near_distance: int, workers: int) -> str | None:
     """One line that says so where sets that were given share duplicates, as ``tie_duplicates`` has them."""
     pictures = [picture for part in parts for picture in part.pictures()]
     found = find_leakage(
@@ -98,7 +110,7 @@ def find_given_duplicates(parts: Sequence[Samples], *, near: bool, workers: int)
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
         groups=None,
         identical=find_identical(pictures, workers=workers),
-        near_distance=NEAR_DISTANCE if near else -1,
+        near_distance=near_distance,
         workers=workers,
     )
     leaks = [*found.shared, *found.near]
@@ -106,7 +118,7 @@ def find_given_duplicates(parts: Sequence[Samples], *, near: bool, workers: int)
         return None
     files = [file for part in parts for file in part.files]
     first, second = (printable(files[i]) for i in (leaks[0].first, leaks[0].second))
-    kind = "near or identical" if near else "identical"
+    kind = "near or identical" if near_distance >= 0 else "identical"
     return f"{len(leaks)} {kind} in two of the given sets, such as {first} and {second} ({leaks[0].why})"
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from engine.data.array_sources import holds_arrays, read_arrays
 from engine.data.folder import read_splits_folder
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, shorten
-from engine.data.selection import Selection, first_groups, require_all
+from engine.data.selection import Selection, require_all
 from engine.data.splitting import PARTS
 from engine.data.table import REQUIRED, read_rows
 from engine.errors import UserError
@@ -39,6 +39,11 @@ class Listing:
     samples: Samples
     names: tuple[str, ...]
     columns: dict[str, tuple[str, ...]]
+
+    def grouped(self, groups: Sequence[str], *, column: bool) -> Listing:
+        """With n names of groups, which ``column`` also makes the column that says so in a manifest."""
+        columns = {**self.columns, "group": tuple(groups)} if column else self.columns
+        return Listing(replace(self.samples, groups=tuple(groups)), self.names, columns)
 
     def subset(self, indices: Iterable[int]) -> Listing:
         chosen = list(indices)
@@ -122,16 +127,15 @@ def join_listings(parts: Sequence[Listing]) -> Listing:
     return Listing(samples, tuple(name for part in parts for name in part.names), columns)
 
 
-def read_groups(listing: Listing, source: str, column: str | None, pattern: str | None) -> list[str] | None:
-    """The group of each file: a column of its manifest, or the first group of a regular expression on its name."""
-    if column is not None:
-        if column not in listing.columns:
-            known = shorten(listing.columns) or "no further column"
-            raise UserError(f"--group-column {column}: {source} has {known}; for names use --group-regex")
-        groups = list(listing.columns[column])
-        require_all(groups, listing.names, f"--group-column {column}: empty")
-        return groups
-    return first_groups(pattern, listing.names, "--group-regex") if pattern is not None else None
+def read_groups(listing: Listing, source: str, column: str | None, selection: Selection) -> Sequence[str] | None:
+    """The group of each file: a column of its manifest, or as a run has it by ``Selection.groups_of``."""
+    if column is None:
+        return selection.groups_of(listing.names, listing.columns.get("group"))
+    if column not in listing.columns:
+        known = shorten(listing.columns) or "no further column"
+        raise UserError(f"--group-column {column}: {source} has {known}; for names use --group-regex")
+    require_all(listing.columns[column], listing.names, f"--group-column {column}: empty")
+    return listing.columns[column]
 
 
 def format_manifest(listing: Listing, folder: Path) -> str:

@@ -49,9 +49,14 @@ class Selection:
                 compiled(pattern, flag)
 
     @property
-    def unmatched(self) -> list[str]:
-        """The patterns that have left no file out."""
-        return [pattern for pattern in self.exclude if pattern in self._unmatched]
+    def remarks(self) -> list[str]:
+        """What has been left out so far."""
+        return [f"{self.left_out} files left out by --exclude"] if self.exclude else []
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each pattern that has left no file out so far."""
+        return [f"--exclude {pattern} matches no file name" for pattern in self.exclude if pattern in self._unmatched]
 
     def kept(self, files: Sequence[str]) -> list[str]:
         """The files that no pattern leaves out."""
@@ -98,6 +103,17 @@ class Selection:
         if not chosen:
             raise UserError(f"{source}: --classes and --exclude leave no image of one of its sets")
         return replace(samples.subset(chosen), labels=labels[chosen], class_names=class_names)
+
+    def groups_of(self, names: Sequence[str], own: Sequence[str] | None) -> Sequence[str] | None:
+        """What ``group_regex`` takes from each name; without one the groups that a manifest has of its ``own``.
+
+        Raises UserError where there would be both, or a name tells none.
+        """
+        if self.group_regex is None:
+            return own
+        if own is not None:
+            raise UserError("--group-regex: the manifest has a column group itself; leave one of the two out")
+        return first_groups(self.group_regex, names, "--group-regex")
 
     def require_each_class(self, train: Samples, source: object) -> None:
         """Raises UserError where ``exclude`` has left out the last image of a class to train on."""

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from engine.data.array_sources import read_arrays
 from engine.data.arrays import relabel
+from engine.data.cautions import find_class_gaps, find_patients
 from engine.data.digits import dealt_order, write_digits
 from engine.data.folder import find_split_names, read_splits_folder, read_test_folder, require_folder
 from engine.data.folds import hold_out_fold, join
 from engine.data.held_out import TEST_METHODS, find_given_duplicates, take_test, take_validation, tie_duplicates
+from engine.data.leakage import NEAR_DISTANCE
 from engine.data.listing import relative_names
 from engine.data.long_tail import make_long_tailed
 from engine.data.manifest import read_manifest, read_manifest_splits
 from engine.data.samples import Samples, Splits
-from engine.data.selection import Selection, first_groups
+from engine.data.selection import Selection
 from engine.errors import UserError
 
 StrPath = str | os.PathLike[str]
@@ -101,9 +103,9 @@ def open_splits(
     folders = [
         folder if data_dir is not None or path is None else Path(path).parent for path in (csv, val_csv, test_csv)
     ]
-    train = _grouped(found[0], folder, selection.group_regex)
+    train = _grouped(found[0], folder, selection)
     val, test = (
-        None if part is None else _grouped(part, own, selection.group_regex)
+        None if part is None else _grouped(part, own, selection)
         for part, own in zip(found[1:], folders[1:], strict=True)
     )
     _refuse_shared(train, val, test if folds is None else None, groups=folds is None)
@@ -118,22 +120,26 @@ def open_splits(
         origins["test"] = f"fold {fold} of 0 to {folds - 1}{own}"
         train, val, test = train if val is None else join(train, val), None, None
 
-    remarks = [f"{selection.left_out} files left out by --exclude"] if selection.exclude else []
+    remarks = selection.remarks
     remarks += ["--test-fraction passed over"] if test_fraction and (folds or test) else []
-    warnings = [f"--exclude {pattern} matches no file name" for pattern in selection.unmatched]
+    warnings = selection.warnings
     if csv is None and (read_as_class := find_split_names(folder, train, selection)):
         warnings.append(read_as_class)
+    takes_test = test is None and (folds is not None or test_fraction > 0)
+    divides = takes_test or (val is None and val_fraction is not None)
+    if divides and (patients := find_patients(train, names(train))):
+        warnings.append(patients)
     only_ties = False
     if duplicates != "none":
-        near = duplicates == "near"
+        near_distance = NEAR_DISTANCE if duplicates == "near" else -1
         given = [part for part in (train, val, test) if part is not None]
-        if len(given) > 1 and (shared := find_given_duplicates(given, near=near, workers=workers)):
+        if len(given) > 1 and (shared := find_given_duplicates(given, near_distance=near_distance, workers=workers)):
             warnings.append(shared)
-        takes_test = test is None and (folds is not None or test_fraction > 0)
-        if takes_test or (val is None and val_fraction is not None):
+        if divides:
             only_ties = train.groups is None
-            train, tied = tie_duplicates(train, names(train), near=near, workers=workers)
-            remarks.append(tied)
+            tied = tie_duplicates(train, names(train), near_distance=near_distance, workers=workers)
+            train = tied.samples
+            remarks.append(tied.told)
     if folds is not None:
         train, test = hold_out_fold(train, folds, fold, seed, names=names(train))
     elif test is None and test_fraction > 0:
@@ -149,6 +155,7 @@ def open_splits(
         train, val = take_validation(train, names(train), val_fraction, seed)
     if only_ties and folds is None:  # the folds of a cross-validation have a column of groups all or none
         val, test = (part and _without_single_groups(part) for part in (val, test))
+    warnings += find_class_gaps({name: part for name, part in (("val", val), ("test", test)) if part is not None})
     sizes = [_size(name, part, origins[name]) for name, part in (("train", train), ("val", val), ("test", test))]
     about = f"{source}: {len(train.class_names)} classes, {', '.join(sizes)}"
     return Splits(train, val, test, "; ".join([about, *remarks]), tuple(warnings))
@@ -246,13 +253,9 @@ def _base(data_dir: StrPath | None) -> Path | None:
     return Path(data_dir)
 
 
-def _grouped(samples: Samples, folder: Path, group_regex: str | None) -> Samples:
-    if group_regex is None:
-        return samples
-    if samples.groups is not None:
-        raise UserError("--group-regex: the manifest has a column group itself; leave one of the two out")
-    groups = first_groups(group_regex, relative_names(samples, folder), "--group-regex")
-    return replace(samples, groups=tuple(groups))
+def _grouped(samples: Samples, folder: Path, selection: Selection) -> Samples:
+    groups = selection.groups_of(relative_names(samples, folder), samples.groups)
+    return replace(samples, groups=None if groups is None else tuple(groups))
 
 
 def _names_to_divide_by(*parts: tuple[Samples | None, Path]) -> dict[str, str]:
@@ -279,7 +282,7 @@ def _grouped_if_named(samples: Samples, folder: Path, selection: Selection) -> S
     if selection.group_regex is None or samples.groups is not None:
         return samples
     try:
-        return _grouped(samples, folder, selection.group_regex)
+        return _grouped(samples, folder, selection)
     except UserError as error:
         print(f"warning: without groups, each image counts for itself: {error}", file=sys.stderr)
         return samples
