@@ -345,6 +345,11 @@ def test_duplicates_join_the_groups_that_they_are_in(tmp_path):
     assert told == "2 images in 1 set of duplicates kept on one side, 1 of them under several labels"
     alone, told = tie_duplicates(samples.subset([1, 2, 4]), ["x", "y", "z"], near=False, workers=1)
     assert (alone.groups, told) == (("p", "q", "r"), "no duplicates")
+    for i, brightness in ((1, 1), (4, 0.9)):
+        save(Path(paths[i]), (brightness * squares(0)).astype(np.uint8))
+    tied, told = tie_duplicates(samples, [Path(path).name for path in paths], near=True, workers=1)
+    assert tied.groups == tuple("ppppps")
+    assert told == "4 images in 2 sets of duplicates kept on one side, 2 of them under several labels"
 
 
 def test_images_held_out_have_groups_only_where_duplicates_are_among_them(tmp_path):
