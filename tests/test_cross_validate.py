@@ -273,6 +273,7 @@ def test_runs_of_other_options_or_images_are_not_pooled(finished, manifest, tmp_
     monkeypatch.setattr(cross_validate, "train", None)
     same = command(manifest, finished)
     assert "fold0 has 0.02; take that, or name another --output" in refused(*same, "--lr", "0.1")
+    assert "fold0 has 42; take that, or name another --output" in refused(*same, "--seed", "7")
     assert "holds a run of engine.train" in refused(*same[:-1], str(finished / "fold0"))
     assert "required: --folds" in refused("--csv", str(manifest))
     (tmp_path / "mine").mkdir()

@@ -20,7 +20,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config
 from engine.data import DaliLoader, Splits, TorchvisionLoader
-from engine.data.samples import Head
+from engine.data.samples import Head, Samples
 from engine.device import Precision
 from engine.errors import UserError
 from engine.fingerprint import of_division, of_training
@@ -163,6 +163,21 @@ def test_the_order_of_a_manifest_is_no_other_division(tmp_path):
     assert of_division(turned) == of_division(splits)
     other = replace(splits, train=images.subset((0, 1, 2, 3, 4, 7)), val=images.subset((6, 5)))
     assert of_division(other) != of_division(splits)
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders_wherever_these_stand(tmp_path):
+    """Where each patient has an image.png, another division has the same names and labels."""
+    labels = np.array([0, 0, 0, 1, 1, 1])
+
+    def divided(top: Path, tested: tuple[int, ...]) -> Splits:
+        files = tuple(f"{top}/{'ab'[label]}/patient {i}/image.png" for i, label in enumerate(labels))
+        images = Samples(files, labels, ("a", "b"))
+        rest = [i for i in range(6) if i not in tested]
+        return Splits(images.subset(rest[1:]), images.subset(rest[:1]), images.subset(tested), "")
+
+    first, moved, other = divided(tmp_path, (1, 4)), divided(tmp_path / "new", (1, 4)), divided(tmp_path, (2, 5))
+    assert of_division(moved) == of_division(first) != of_division(other)
+    assert of_training(moved, Config()) == of_training(first, Config()) != of_training(other, Config())
 
 
 def test_weights_are_of_what_a_run_goes_on_with_and_not_of_its_division(tmp_path):
