@@ -91,6 +91,18 @@ def test_the_page_has_the_figures_of_metrics_json(hostile, page):
     assert [row[0] for row in by_class[1:-1]] == list(HOSTILE)
     low, high = metrics["intervals"]["per_class"][HOSTILE[0]]["recall"]
     assert f"<small>{low:.3f} to {high:.3f}</small>" in page
+    for (name, *cells), intervals in zip(
+        tables.class_table(metrics).rows, metrics["intervals"]["per_class"].values(), strict=True
+    ):
+        assert [cell.below for cell in cells] == [tables.span(intervals.get(key)) for key in keys], name
+    macro = ("macro_recall", "macro_precision", "macro_f1", "auroc_macro_ovr", "average_precision_macro")
+    assert [float(value) for value in by_class[-1][1:] if value] == [60, *(metrics[key] for key in macro)]
+
+    tiles = {label: (cell.value, cell.below) for label, cell in tables.headline(metrics)}
+    assert tiles.pop("ECE") == (metrics["ece"], f"{metrics['calibrated']['ece']:.3f} scaled")
+    keys = ("macro_f1", "balanced_accuracy", "auroc_macro_ovr", "accuracy")
+    assert list(tiles.values()) == [(metrics[key], tables.span(metrics["intervals"][key])) for key in keys]
+    assert list(tiles) == ["Macro-F1", "Balanced accuracy", "AUROC, macro", "Accuracy"]
 
     confusion = table(page, "Confusion matrix: rows are the truth, columns the prediction")
     assert [[int(count) for count in row[1:]] for row in confusion[1:]] == metrics["confusion_matrix"]
@@ -102,7 +114,8 @@ def test_the_page_has_the_figures_of_metrics_json(hostile, page):
     scaled = {
         row[0]: [float(value) for value in row[1:]] for row in table(page, "Before and after temperature scaling")[1:]
     }
-    assert scaled["ECE, 15 bins"] == [metrics["ece"], metrics["calibrated"]["ece"]]
+    keys = {"ECE, 15 bins": "ece", "Loss": "loss", "Brier score": "brier"}
+    assert scaled == {label: [metrics[key], metrics["calibrated"][key]] for label, key in keys.items()}
     assert [row[0] for row in table(page, "Training by epoch")[1:]] == [str(epoch) for epoch in range(EPOCHS)]
     for name, images, drawn, times in table(page, "Images of each class")[1:-1]:
         assert int(images) == metrics["per_class"][name]["support"]
@@ -134,6 +147,8 @@ def test_the_worst_mistakes_stand_with_their_evidence(hostile, page):
         for i in wrong[:12]
     ]
     assert re.findall(r"called <strong>.*?</strong> with (\S+?)<", gallery) == [f"{said[i]:.3f}" for i in wrong[:12]]
+    of_truth = [f"{told.probabilities[i, told.labels[i]]:.3f}" for i in wrong[:12]]
+    assert re.findall(r"is <strong>.*?</strong> with (\S+?)<", gallery) == of_truth
     assert gallery.count("data:image/png;base64,") == 12
     assert gallery.count("data:image/jpeg;base64,") == 12
     assert len(page) < 1_000_000
@@ -175,6 +190,7 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
     metrics = json.loads((path / "metrics.json").read_text())
     page = make(tmp_path, path)
     start = [page.index(f">Head {head}<") for head in ("diagnosis", "subtype")]
+    assert "of these very images: in-sample, and too high" not in page
     for own, head in zip((page[start[0] : start[1]], page[start[1] :]), metrics["heads"].values(), strict=True):
         shown = {row[0]: row[1] for row in table(own, "Figures over all classes")[1:]}
         assert float(shown["Macro-F1"]) == head["macro_f1"]
@@ -195,6 +211,22 @@ def test_figures_are_called_end_to_end_only_where_a_head_divides_another(tmp_pat
     page = make(tmp_path, write_run(tmp_path / "run", heads=TREE | {"subtype": subtype}))
     assert ("The figures above are end to end" in page) is bool(when)
     assert ("The figures above are those of the first head." in page) is not bool(when)
+
+
+def test_drawings_are_of_the_positive_class_the_temperature_and_the_epoch_of_the_run(tmp_path, undrawn):
+    shown = read_run(write_run(tmp_path / "run", ("a", "b")), "run")
+    told, metrics = shown.predictions[None], dict(shown.metrics)
+    for draw, title in (
+        (drawings.draw_roc_curves, "ROC"),
+        (drawings.draw_precision_recall_curves, "Precision and recall"),
+    ):
+        assert draw(told, metrics | {"positive_class": "a"}).label.startswith(f"{title}: a against the rest")
+    (point,) = metrics["operating_points"]
+    assert f"sensitivity {point['sensitivity']:.3f} (0.9 wanted)" in drawings.draw_roc_curves(told, metrics).label
+    scaled = f"at temperature 1.3: ECE {metrics.pop('calibrated')['ece']:.4f}"
+    assert scaled in drawings.draw_reliability_diagram(told, shown.metrics).label
+    assert scaled not in drawings.draw_reliability_diagram(told, metrics).label
+    assert "epoch 2, which is kept" in drawings.draw_own_curves(shown).label
 
 
 def test_an_option_without_a_folder_leaves_sentences_as_they_are():
