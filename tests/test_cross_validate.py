@@ -232,6 +232,8 @@ def test_pooled_figures_follow_from_the_table_and_those_over_folds_from_the_fold
 
     of_folds = [metrics_of(finished / f"fold{fold}") for fold in range(FOLDS)]
     assert [row["fold"] for row in metrics["folds"]] == [0, 1, 2]
+    for name in ("epoch", "temperature"):
+        assert [row[name] for row in metrics["folds"]] == [fold[name] for fold in of_folds]
     for name, found in metrics["over_folds"].items():
         values = [fold[name] for fold in of_folds]
         assert [row[name] for row in metrics["folds"]] == values

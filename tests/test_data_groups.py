@@ -31,6 +31,8 @@ def test_validation_takes_whole_groups(tmp_path, seed):
     assert (splits.val.class_counts() > 0).all()
     again = open_splits(csv=tmp_path / "images.csv", val_fraction=0.2, seed=seed)
     assert again.val.files == splits.val.files
+    other = open_splits(csv=tmp_path / "images.csv", val_fraction=0.2, seed=seed + 5)
+    assert set(other.val.files) != set(splits.val.files)
 
 
 @pytest.mark.parametrize("seed", range(5))

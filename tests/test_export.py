@@ -100,7 +100,7 @@ def test_torch_export(tmp_path):
     program = torch.export.load(file, extra_files=extra)
     told = json.loads(extra["metadata.json"])
     assert told["class_names"] == list(NAMES)
-    assert told["classifier"] == "cosine"
+    assert (told["classifier"], told["crop_pct"]) == ("cosine", 0.8)
 
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert {target.namespace for target in called if isinstance(target, torch._ops.OpOverload)} == {"aten"}
