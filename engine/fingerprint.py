@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from engine.build import selected_on
@@ -33,10 +34,16 @@ def of_training(splits: Splits, config: Config) -> dict[str, str]:
 
 def _digest(samples: Samples, *, in_order: bool) -> str:
     """Of the names of files, the classes and all labels."""
-    names, labels = [Path(file).name for file in samples.files], samples.labels.tolist()
+    names, labels = _names(samples.files), samples.labels.tolist()
     places = list(range(len(names)))
     if not in_order:
-        places.sort(key=lambda i: (names[i], labels[i], samples.files[i]))
+        places.sort(key=names.__getitem__)
     told: list[Any] = [samples.class_names, [names[i] for i in places], [labels[i] for i in places]]
     told += [(name, head.class_names, head.labels[places].tolist()) for name, head in samples.heads.items()]
     return hashlib.sha256(repr(tuple(told)).encode()).hexdigest()
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """Below the folder that is common to all: images of two patients may have one name in folders of their own."""
+    top = os.path.commonpath({file[: file.rfind(os.sep) + 1] for file in files})
+    return [file.removeprefix(top) for file in files]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import scipy.optimize
 import scipy.special
@@ -9,6 +11,7 @@ import sklearn.metrics
 import torch
 
 from engine.calibration import fit_temperature
+from engine.intervals import proportion_interval
 from engine.metric_report import format_report
 from engine.operating_points import operating_points, sensitivity_threshold
 from engine.scoring import Scored, final_metrics
@@ -90,6 +93,24 @@ def test_operating_points_are_chosen_on_one_set_and_tried_on_the_other():
             assert low < point[name] <= high
 
 
+def test_operating_points_of_patients_have_the_intervals_of_so_many_patients():
+    validation, test = scored(3, 300, 0), scored(3, 200, 1)
+    patients = tuple(f"patient {label} {i % 9}" for i, label in enumerate(test.labels))
+    options = {"split": "test", "temperature": None, "sensitivities": (0.8,)}
+    points, by_image = (
+        final_metrics(replace(test, groups=groups), validation, **options)["operating_points"]
+        for groups in (patients, None)
+    )
+    for label, (alone, point) in enumerate(zip(by_image, points, strict=True)):
+        positive = test.labels == label
+        called = test.logits.softmax(1)[:, label] >= point["threshold"]
+        for name, of in (("sensitivity", positive), ("specificity", ~positive)):
+            own = [patients[i] for i in of.nonzero().flatten()]
+            assert point[f"{name}_interval"] == proportion_interval((called == positive)[of], own)
+            assert point[name] == alone[name]
+    assert points != by_image
+
+
 def test_two_classes_have_the_operating_point_of_the_positive_one():
     logits, labels = sample(2, 100)
     data = logits.double().softmax(1), labels
@@ -129,6 +150,18 @@ def test_final_figures_are_calibrated_on_test_and_not_where_the_temperature_was_
     assert "calibrated" not in in_sample
     assert in_sample["operating_points"][0]["sensitivity"] >= 0.9
     assert "in-sample" in format_report({"split": "validation", **in_sample})
+    of_heads = final_metrics(
+        replace(test, heads={"first": test, "second": validation}),
+        None,
+        split="test",
+        temperature=None,
+        sensitivities=(),
+        head_temperatures={"first": 2.0, "second": 3.0},
+    )
+    assert "calibrated" not in of_heads
+    assert of_heads["heads"]["first"]["calibrated"] == metrics["calibrated"]
+    expected = loss_at(3.0, validation.logits, validation.labels)
+    assert of_heads["heads"]["second"]["calibrated"]["loss"] == pytest.approx(expected, abs=1e-12)
     plain = final_metrics(test, None, split="test", temperature=None, sensitivities=())
     assert plain["temperature"] is None
     assert not {"calibrated", "operating_points"} & set(plain)

@@ -18,7 +18,7 @@ from scipy import stats
 
 from engine import compare
 from engine.cli import run
-from engine.comparison import Outcome, compare_outcomes, format_markdown, format_text, paired_t_test
+from engine.comparison import Outcome, compare_outcomes, format_csv, format_markdown, format_text, paired_t_test
 from engine.predictions import Predictions, read_predictions
 from tests.image_folders import write_folder
 
@@ -258,6 +258,46 @@ def test_images_of_one_patient_are_tested_by_patient():
     )
     assert "p is of whole groups" in by_patient
     assert "group" not in by_image
+
+
+def test_epochs_that_were_chosen_on_the_images_scored_here_are_said_to_flatter():
+    for split, selected_on, said in (
+        ("test", "validation", False),
+        ("test", "test", True),
+        ("validation", "validation", True),
+    ):
+        chosen = outcome([True], split, selected_on=selected_on, accuracy=1.0)
+        text = " ".join(format_text(compare_outcomes({"a": [chosen]}, (0,), ("accuracy",))).split())
+        assert ("Of a the epochs were chosen on the very images scored here: they flatter." in text) is said
+
+
+def test_every_figure_stands_in_its_column_and_every_recipe_is_tested_against_the_first():
+    right = {"a|b": ((3, 2), (0.25, 0.5)), "c": ((5, 6), (0.75, 0.5)), "d": ((0, 1), (0.5, 0.625))}
+    recipes = {
+        name: [outcome([i < n for i in range(8)], accuracy=value) for n, value in zip(*of_seeds, strict=True)]
+        for name, of_seeds in right.items()
+    }
+    comparison = compare_outcomes(recipes, (3, 5), ("accuracy",))
+    found = {name: recipe["paired_t_test"]["accuracy"] for name, recipe in list(comparison["recipes"].items())[1:]}
+    assert [test["difference"] for test in found.values()] == [0.25, 0.1875]
+    low, high = found["d"]["interval"]
+    page = format_markdown(comparison).splitlines()
+    for row in (
+        "| recipe | mean | sd | seed 3 | seed 5 | difference | 95% interval | p |",
+        "| a\\|b | 0.3750 | 0.1768 | 0.2500 | 0.5000 |  |  |  |",
+        f"| d | 0.5625 | 0.0884 | 0.5000 | 0.6250 | +0.1875 | {low:+.4f} to {high:+.4f} | {found['d']['p']:.4f} |",
+        "| recipe | seed | right in a\\|b alone | right in it alone | p |",
+        "| c | 5 | 0 | 4 | 0.1250 |",
+        "| d | 3 | 3 | 0 | 0.2500 |",
+    ):
+        assert row in page
+    assert "The interval is 12.7 standard errors to each side" in format_markdown(comparison)
+    *_, last = csv.DictReader(format_csv(comparison).splitlines())
+    figures = ("mean", "sd", "seed3", "seed5", "difference", "low", "high", "p")
+    assert [float(last[name]) for name in figures] == pytest.approx(
+        [0.5625, 0.125 * 0.5**0.5, 0.5, 0.625, 0.1875, low, high, found["d"]["p"]]
+    )
+    assert (last["recipe"], last["split"], last["metric"]) == ("d", "test", "accuracy")
 
 
 def test_f1_of_the_positive_class_is_shown_where_all_have_two_classes():

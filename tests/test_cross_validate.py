@@ -18,6 +18,7 @@ from engine.data import Samples, open_splits
 from engine.data.folds import hold_out_fold, join
 from engine.data.samples import Head
 from engine.errors import UserError
+from engine.intervals import proportion_interval
 from engine.metric_report import format_reports
 from engine.metrics import METRIC_NAMES
 from engine.pooling import Fold, pooled_metrics
@@ -72,8 +73,10 @@ def test_columns_and_pixels_of_validation_come_along():
         assert part.weights.tolist() == chosen
         assert np.array_equal(part.pixels, grey[chosen])
         assert part.heads["h"].labels.tolist() == [[0, 1, -1, 0, 1, 0, 1, 1, -1][i] for i in chosen]
-    with pytest.raises(UserError, match=r"val has a column weight and train, .* has none; give it to both"):
-        join(samples([0, 1, 2]), samples([0, 1, 2], prefix="val ", weights=np.ones(3)))
+    of_one = {"weight": {"weights": np.ones(3)}, "group": {"groups": list("pqr")}, "label_h": {"heads": val.heads}}
+    for column, given in of_one.items():
+        with pytest.raises(UserError, match=f"val has a column {column} and train, .* has none; give it to both"):
+            join(samples([0, 1, 2]), samples([0, 1, 2], prefix="val ", **given))
 
 
 def test_what_cannot_be_divided_is_refused_for_every_fold():
@@ -231,6 +234,8 @@ def test_pooled_figures_follow_from_the_table_and_those_over_folds_from_the_fold
 
     of_folds = [metrics_of(finished / f"fold{fold}") for fold in range(FOLDS)]
     assert [row["fold"] for row in metrics["folds"]] == [0, 1, 2]
+    for name in ("epoch", "temperature"):
+        assert [row[name] for row in metrics["folds"]] == [fold[name] for fold in of_folds]
     for name, found in metrics["over_folds"].items():
         values = [fold[name] for fold in of_folds]
         assert [row[name] for row in metrics["folds"]] == values
@@ -241,6 +246,11 @@ def test_pooled_figures_follow_from_the_table_and_those_over_folds_from_the_fold
     called = scores >= np.array(point["thresholds"])[list(told.folds)]
     assert point["sensitivity"] == pytest.approx(called[truth == 1].mean())
     assert point["specificity"] == pytest.approx(1 - called[truth == 0].mean())
+    assert point["chosen_on"] == sum(fold["operating_points"][0]["chosen_on"] for fold in of_folds)
+    patients = np.array(told.groups)
+    for name, of in (("sensitivity", truth == 1), ("specificity", truth == 0)):
+        right = torch.from_numpy(called == (truth == 1))[torch.from_numpy(of)]
+        assert point[f"{name}_interval"] == proportion_interval(right, patients[of])
 
 
 def test_a_second_call_trains_nothing_and_gives_the_same(finished, manifest, monkeypatch, capsys):
@@ -267,6 +277,7 @@ def test_runs_of_other_options_or_images_are_not_pooled(finished, manifest, tmp_
     monkeypatch.setattr(cross_validate, "train", None)
     same = command(manifest, finished)
     assert "fold0 has 0.02; take that, or name another --output" in refused(*same, "--lr", "0.1")
+    assert "fold0 has 42; take that, or name another --output" in refused(*same, "--seed", "7")
     assert "holds a run of engine.train" in refused(*same[:-1], str(finished / "fold0"))
     assert "required: --folds" in refused("--csv", str(manifest))
     (tmp_path / "mine").mkdir()
@@ -337,6 +348,18 @@ def test_each_image_is_calibrated_as_its_fold_is_and_heads_are_pooled_for_themse
     assert sum(row["support"] for row in head["per_class"].values()) == 40
     folds[1].metrics["temperature"] = None
     assert "calibrated" not in pooled_metrics(folds)
+
+
+def test_the_image_that_is_a_fold_s_threshold_is_called_positive_and_classes_of_another_order_are_not_pooled():
+    folds = [fold(k, ("a", "b")) for k in range(3)]
+    for one in folds:
+        threshold = one.predictions.probabilities[one.predictions.labels == 1, 1].min().item()
+        point = {"class": "b", "wanted_sensitivity": 1.0, "threshold": threshold, "chosen_on": 4 + one.number}
+        one.metrics["operating_points"] = [point]
+    (point,) = pooled_metrics(folds)["operating_points"]
+    assert (point["sensitivity"], point["chosen_on"]) == (1.0, 15)
+    with pytest.raises(UserError, match="fold 4 has other classes or columns than fold 0"):
+        pooled_metrics([folds[0], fold(4, ("b", "a"))])
 
 
 def test_heads_are_cross_validated_too(tmp_path):

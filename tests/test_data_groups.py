@@ -31,14 +31,17 @@ def test_validation_takes_whole_groups(tmp_path, seed):
     assert (splits.val.class_counts() > 0).all()
     again = open_splits(csv=tmp_path / "images.csv", val_fraction=0.2, seed=seed)
     assert again.val.files == splits.val.files
+    other = open_splits(csv=tmp_path / "images.csv", val_fraction=0.2, seed=seed + 5)
+    assert set(other.val.files) != set(splits.val.files)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_class_of_one_group_stays_in_training(tmp_path, seed):
     rows = [("rare", "only", "")] * 8 + [("usual", f"p{i}", "") for i in range(8)]
-    splits = open_splits(csv=manifest(tmp_path, rows), val_fraction=0.4, seed=seed)
-    assert splits.train.class_counts()[0] == 8
-    assert len(splits.val) > 0
+    for fraction in (0.4, 0.7):  # of which the second would rather have it in validation
+        splits = open_splits(csv=manifest(tmp_path, rows), val_fraction=fraction, seed=seed)
+        assert splits.train.class_counts()[0] == 8
+        assert len(splits.val) > 0
 
 
 def test_one_group_alone_gives_no_validation_set(tmp_path):

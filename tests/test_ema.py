@@ -15,10 +15,12 @@ from engine import evaluate, train
 from engine.checkpoint import load_checkpoint
 from engine.cli import run
 from engine.config import Config
+from engine.device import Precision
 from engine.ema import ModelEma
 from engine.fusion import fuse
 from engine.models import create_model
 from engine.run import RunDirectory
+from engine.step import make_training
 from tests.image_folders import write_folder
 
 
@@ -35,7 +37,9 @@ def step(model: nn.Module, seed: int) -> None:
 def test_the_average_is_timms(warmup):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    ours, timms = ModelEma(model, 0.6, warmup=warmup), ModelEmaV3(model, decay=0.6, use_warmup=warmup)
+    config = Config(model_ema=True, model_ema_decay=0.6, model_ema_warmup=warmup)
+    ours = make_training(model, config, Precision(torch.device("cpu"), False, "bfloat16"), steps_per_epoch=1).ema
+    timms = ModelEmaV3(model, decay=0.6, use_warmup=warmup)
     for update in range(1, 7):
         step(model, update)
         ours.update(model)

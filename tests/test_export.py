@@ -100,7 +100,7 @@ def test_torch_export(tmp_path):
     program = torch.export.load(file, extra_files=extra)
     told = json.loads(extra["metadata.json"])
     assert told["class_names"] == list(NAMES)
-    assert told["classifier"] == "cosine"
+    assert (told["classifier"], told["crop_pct"]) == ("cosine", 0.8)
 
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     assert {target.namespace for target in called if isinstance(target, torch._ops.OpOverload)} == {"aten"}
@@ -178,8 +178,8 @@ def test_a_program_of_heads_gives_each_and_what_they_say_together(with_heads, tm
     program = torch.export.load(file, extra_files=extra)
     told = json.loads(extra["metadata.json"])
     assert told["class_names"] == ["well", "a", "b", "c"]
-    assert told["heads"]["diagnosis"] == {"class_names": ["well", "ill"], "when": None, "temperature": 1.25}
-    assert told["heads"]["kind"]["when"] == {"diagnosis": "ill"}
+    assert told["heads"]["diagnosis"] == {"class_names": ["well", "ill"], "when": None, "temperature": 2.5}
+    assert told["heads"]["kind"] == {"class_names": ["a", "b", "c"], "when": {"diagnosis": "ill"}, "temperature": 5.0}
     assert_says_what_heads_predict(with_heads, told, program.module())
 
 
@@ -211,14 +211,15 @@ def refused(capsys, *argv: str | Path) -> str:
     return lines[0]
 
 
-def test_a_file_that_says_something_else_is_not_kept(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("factor", (1.01, float("nan")))
+def test_a_file_that_says_something_else_is_not_kept(tmp_path, capsys, monkeypatch, factor):
     checkpoint = write_checkpoint(tmp_path / "best.pt", img_size=32)
     output = tmp_path / "model.safetensors"
     output.write_bytes(b"precious")
 
     def load_damaged(path: Path) -> dict[str, Tensor]:
         weights = load_file(path)
-        weights["layer4.1.bn1.weight"] *= 1.01
+        weights["layer4.1.bn1.weight"] *= factor
         return weights
 
     monkeypatch.setattr(export, "load_file", load_damaged)

@@ -242,6 +242,8 @@ def test_a_proportion_of_groups_is_wilsons_of_rao_and_scotts_number_of_images():
     assert proportion_interval(right, groups) == pytest.approx(wilson_interval(share * images, images))
     assert proportion_interval(torch.ones(120, dtype=torch.bool), groups) == pytest.approx(wilson_interval(25, 25))
     assert proportion_interval(right) == wilson_interval(int(right.sum()), 120)
+    alike = torch.tensor([True, False] * 20)  # pairs more alike than chance makes them tell no more than images do
+    assert proportion_interval(alike, [str(i // 2) for i in range(40)]) == wilson_interval(20, 40)
     assert proportion_interval(right[:0], []) is proportion_interval(right[:0]) is None
 
 

@@ -22,11 +22,12 @@ from engine.data import drop_bad
 from engine.device import Precision
 from engine.grad_cam import explain
 from engine.mcnemar import compare_predictions
-from engine.predictions import read_predictions
+from engine.predictions import Predictions, read_predictions
 from engine.provenance import describe_run
-from engine.report import drawings, mistakes
+from engine.report import comparison, drawings, mistakes, tables
+from engine.report.cautions import comparison_cautions
 from engine.report.comparison import pair
-from engine.report.runs import read_run
+from engine.report.runs import ReportedRun, read_run, read_runs
 from engine.report.settings import without_folders
 from tests.image_folders import write_folder
 from tests.report_runs import CLASSES, EPOCHS, write_cross_validation, write_run
@@ -79,6 +80,9 @@ def test_the_page_has_the_figures_of_metrics_json(hostile, page):
     shown = {label: float(value) for label, value, _ in table(page, "Figures over all classes")[1:]}
     keys = {"Macro-F1": "macro_f1", "Accuracy": "accuracy", "MCC": "mcc", "ECE, 15 bins": "ece", "Brier score": "brier"}
     assert {label: shown[label] for label in keys} == {label: metrics[key] for label, key in keys.items()}
+    ranges = {label: text for label, _, text in table(page, "Figures over all classes")[1:]}
+    for label in ("Macro-F1", "Accuracy"):
+        assert ranges[label] == tables.span(metrics["intervals"][keys[label]])
 
     by_class = table(page, "Figures of each class against the rest")
     assert by_class[0] == ["Class", "Images", "Recall", "Precision", "Specificity", "F1", "AUROC", "AP"]
@@ -88,16 +92,35 @@ def test_the_page_has_the_figures_of_metrics_json(hostile, page):
     assert [row[0] for row in by_class[1:-1]] == list(HOSTILE)
     low, high = metrics["intervals"]["per_class"][HOSTILE[0]]["recall"]
     assert f"<small>{low:.3f} to {high:.3f}</small>" in page
+    for (name, *cells), intervals in zip(
+        tables.class_table(metrics).rows, metrics["intervals"]["per_class"].values(), strict=True
+    ):
+        assert [cell.below for cell in cells] == [tables.span(intervals.get(key)) for key in keys], name
+    macro = ("macro_recall", "macro_precision", "macro_f1", "auroc_macro_ovr", "average_precision_macro")
+    assert [float(value) for value in by_class[-1][1:] if value] == [60, *(metrics[key] for key in macro)]
+
+    tiles = {label: (cell.value, cell.below) for label, cell in tables.headline(metrics)}
+    assert tiles.pop("ECE") == (metrics["ece"], f"{metrics['calibrated']['ece']:.3f} scaled")
+    keys = ("macro_f1", "balanced_accuracy", "auroc_macro_ovr", "accuracy")
+    assert list(tiles.values()) == [(metrics[key], tables.span(metrics["intervals"][key])) for key in keys]
+    assert list(tiles) == ["Macro-F1", "Balanced accuracy", "AUROC, macro", "Accuracy"]
 
     confusion = table(page, "Confusion matrix: rows are the truth, columns the prediction")
     assert [[int(count) for count in row[1:]] for row in confusion[1:]] == metrics["confusion_matrix"]
     points = table(page, "Operating points")
     assert [float(row[2]) for row in points[1:]] == [point["threshold"] for point in metrics["operating_points"]]
+    for row, point in zip(tables.operating_table(metrics).rows, metrics["operating_points"], strict=True):
+        for cell, name in zip(row[-2:], ("sensitivity", "specificity"), strict=True):
+            assert (cell.value, cell.below) == (point[name], tables.span(point[f"{name}_interval"]))
     scaled = {
         row[0]: [float(value) for value in row[1:]] for row in table(page, "Before and after temperature scaling")[1:]
     }
-    assert scaled["ECE, 15 bins"] == [metrics["ece"], metrics["calibrated"]["ece"]]
+    keys = {"ECE, 15 bins": "ece", "Loss": "loss", "Brier score": "brier"}
+    assert scaled == {label: [metrics[key], metrics["calibrated"][key]] for label, key in keys.items()}
     assert [row[0] for row in table(page, "Training by epoch")[1:]] == [str(epoch) for epoch in range(EPOCHS)]
+    for name, images, drawn, times in table(page, "Images of each class")[1:-1]:
+        assert int(images) == metrics["per_class"][name]["support"]
+        assert (float(drawn), float(times)) == pytest.approx((21.5, 21.5 / int(images)))  # of 20, 21, 22 and 23
 
 
 def test_names_that_would_do_harm_are_inert(page):
@@ -125,6 +148,8 @@ def test_the_worst_mistakes_stand_with_their_evidence(hostile, page):
         for i in wrong[:12]
     ]
     assert re.findall(r"called <strong>.*?</strong> with (\S+?)<", gallery) == [f"{said[i]:.3f}" for i in wrong[:12]]
+    of_truth = [f"{told.probabilities[i, told.labels[i]]:.3f}" for i in wrong[:12]]
+    assert re.findall(r"is <strong>.*?</strong> with (\S+?)<", gallery) == of_truth
     assert gallery.count("data:image/png;base64,") == 12
     assert gallery.count("data:image/jpeg;base64,") == 12
     assert len(page) < 1_000_000
@@ -166,6 +191,7 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
     metrics = json.loads((path / "metrics.json").read_text())
     page = make(tmp_path, path)
     start = [page.index(f">Head {head}<") for head in ("diagnosis", "subtype")]
+    assert "of these very images: in-sample, and too high" not in page
     for own, head in zip((page[start[0] : start[1]], page[start[1] :]), metrics["heads"].values(), strict=True):
         shown = {row[0]: row[1] for row in table(own, "Figures over all classes")[1:]}
         assert float(shown["Macro-F1"]) == head["macro_f1"]
@@ -174,6 +200,10 @@ def test_each_head_has_its_own_figures(tmp_path, undrawn):
         }
         assert float(positive["Sensitivity"]) == head["recall"]
         assert float(positive["Specificity"]) == head["specificity"]
+        intervals = {row[0].text: row[2].text for row in tables.binary_table(head).rows}
+        of_class = {name == head["positive_class"]: of for name, of in head["intervals"]["per_class"].items()}
+        assert intervals["Sensitivity"] == tables.span(of_class[True]["recall"])
+        assert intervals["Specificity"] == tables.span(of_class[False]["recall"])
 
 
 @pytest.mark.parametrize("when", ({"when": {"diagnosis": "malignant"}}, {}), ids=("divided", "side by side"))
@@ -182,6 +212,22 @@ def test_figures_are_called_end_to_end_only_where_a_head_divides_another(tmp_pat
     page = make(tmp_path, write_run(tmp_path / "run", heads=TREE | {"subtype": subtype}))
     assert ("The figures above are end to end" in page) is bool(when)
     assert ("The figures above are those of the first head." in page) is not bool(when)
+
+
+def test_drawings_are_of_the_positive_class_the_temperature_and_the_epoch_of_the_run(tmp_path, undrawn):
+    shown = read_run(write_run(tmp_path / "run", ("a", "b")), "run")
+    told, metrics = shown.predictions[None], dict(shown.metrics)
+    for draw, title in (
+        (drawings.draw_roc_curves, "ROC"),
+        (drawings.draw_precision_recall_curves, "Precision and recall"),
+    ):
+        assert draw(told, metrics | {"positive_class": "a"}).label.startswith(f"{title}: a against the rest")
+    (point,) = metrics["operating_points"]
+    assert f"sensitivity {point['sensitivity']:.3f} (0.9 wanted)" in drawings.draw_roc_curves(told, metrics).label
+    scaled = f"at temperature 1.3: ECE {metrics.pop('calibrated')['ece']:.4f}"
+    assert scaled in drawings.draw_reliability_diagram(told, shown.metrics).label
+    assert scaled not in drawings.draw_reliability_diagram(told, metrics).label
+    assert "epoch 2, which is kept" in drawings.draw_own_curves(shown).label
 
 
 def test_an_option_without_a_folder_leaves_sentences_as_they_are():
@@ -205,7 +251,8 @@ def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path,
     asked = []
 
     def explained(model, samples, config, device, *, labels, head):
-        asked.extend((head, label) for label in labels)
+        shown = [file.removeprefix(f"{tmp_path / 'images'}/") for file in samples.files]
+        asked.extend(zip(shown, [head] * len(shown), labels, strict=True))
         return explain(model, samples, config, device, labels=labels, head=head)
 
     monkeypatch.setattr(mistakes, "explain", explained)
@@ -214,7 +261,7 @@ def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path,
     assert len(found) == 12
     assert all(mistake.evidence is not None and mistake.truth != mistake.prediction for mistake in found)
     of_class = {"benign": ("diagnosis", 0), "early": ("subtype", 0), "late": ("subtype", 1)}
-    assert sorted(asked) == sorted(of_class[mistake.prediction] for mistake in found)
+    assert sorted(asked) == sorted((mistake.file, *of_class[mistake.prediction]) for mistake in found)
 
 
 def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
@@ -235,6 +282,42 @@ def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
     }
     assert "Read with care" not in page
     assert "whole groups" not in page
+
+
+def test_each_run_of_a_comparison_has_its_own_figures(tmp_path):
+    runs = read_runs([str(write_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))])
+    metrics = [run.metrics for run in runs]
+    for row, own in zip(comparison.figures_table(runs).rows, metrics, strict=True):
+        found = {key: (cell.value, cell.below) for key, cell in zip(tables.MAIN_FIGURES, row[1:], strict=True)}
+        assert found == {key: (own[key], tables.span(own["intervals"].get(key))) for key in found}
+    for name, *cells in comparison.recall_table(runs).rows:
+        of_class = [(own["per_class"][name.text], own["intervals"]["per_class"][name.text]) for own in metrics]
+        assert [cell.value for cell in cells] == [figures["recall"] for figures, _ in of_class]
+        assert [cell.below for cell in cells] == [tables.span(intervals["recall"]) for _, intervals in of_class]
+    drawn = ("macro_f1", "balanced_accuracy", "accuracy", "auroc_macro_ovr")
+    for axis, key in zip(comparison.interval_axes(runs), drawn, strict=True):
+        low, high = float(axis.low), float(axis.high)
+        for mark, own in zip(axis.marks, metrics, strict=True):
+            shown = [low + (high - low) * place / 100 for place in (mark.start, mark.at, mark.end)]
+            start, end = own["intervals"][key]
+            assert shown == pytest.approx([start, own[key], end], abs=1e-3)
+
+
+def reported(name: str, right: int) -> ReportedRun:
+    """Ten images of one class, of which so many are recognised."""
+    predicted = (torch.arange(10) >= right).long()
+    files = tuple(map(str, range(10)))
+    told = Predictions(files, ("a", "b"), torch.zeros(10).long(), predicted, torch.full((10, 2), 0.5))
+    return ReportedRun(Path(name), name, {}, "", predictions={None: told})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reading"),
+    ((10, 2, "one is right more often"), (2, 10, "two is right more often"), (10, 7, "no difference shown")),
+)
+def test_mcnemars_test_names_the_run_that_is_right_more_often(first, second, reading):
+    (row,) = comparison.mcnemar_table([reported("one", first), reported("two", second)]).rows
+    assert row[-1].text == reading
 
 
 def test_images_of_one_patient_are_tested_by_patient(tmp_path, undrawn):
@@ -356,11 +439,11 @@ def test_runs_scored_on_other_images_are_compared_on_those_of_both(tmp_path, und
 def test_runs_with_other_classes_or_unfinished_ones_are_named_and_not_compared(tmp_path, undrawn):
     runs = [
         write_run(tmp_path / "one"),
-        write_run(tmp_path / "two", ("cat", "dog")),
+        write_run(tmp_path / "two", ("cat", "dog", "hen")),
         write_run(tmp_path / "three", finished=False),
     ]
     page = make(tmp_path, *runs)
-    assert "two is not compared: its classes (cat, dog) are not those of one (benign, malignant, normal)" in page
+    assert "two is not compared: its classes (cat, dog, hen) are not those of one (benign, malignant, normal)" in page
     assert "three is not compared: three has not finished" in page
     assert "McNemar" not in page
     assert all(f'<h2 class="run" id="run{i}-run">' in page for i in (1, 2, 3))
@@ -392,6 +475,7 @@ def test_what_flatters_the_figures_is_said_before_them(tmp_path, undrawn, split,
         assert "chosen on validation by macro f1" in page
     else:
         assert page.index(warning) < page.index('class="tiles"')
+    assert ("of these very images: in-sample, and too high" in page) is (split == "validation")
 
 
 def test_a_comparison_says_which_epochs_were_chosen_on_its_images(tmp_path, undrawn):
@@ -399,6 +483,29 @@ def test_a_comparison_says_which_epochs_were_chosen_on_its_images(tmp_path, undr
     page = make(tmp_path, *runs)
     assert "The epoch of one, two was chosen on the very images compared here" in page
     assert "was chosen on the test images" not in page
+
+
+def test_a_comparison_says_what_keeps_its_figures_from_meaning_the_same(tmp_path):
+    of_test, of_other_test, of_validation = (
+        write_run(tmp_path / name, split=split, data_dir=str(tmp_path / folder))
+        for name, split, folder in (("one", "test", "a"), ("two", "test", "b"), ("three", "validation", "a"))
+    )
+    (of_test / "metrics.json").write_text(
+        json.dumps(json.loads((of_test / "metrics.json").read_text()) | {"selected_on": "test"})
+    )
+
+    def said(*paths: Path) -> list[str]:
+        return comparison_cautions(read_runs([str(path) for path in paths]))
+
+    chosen = "The epoch of one was chosen on the test images, which flatters it."
+    folders = "The runs name different data folders; images are matched by their names within them."
+    assert said(of_test, of_other_test) == [chosen, folders]
+    assert said(of_test, of_validation) == [
+        "The runs were not scored on the same images: one on test, three on validation.",
+        chosen,
+        "The epoch of three was chosen on the very images compared here: figures and p flatter.",
+    ]
+    assert said(of_other_test, of_other_test) == []
 
 
 def test_images_that_are_gone_or_not_wanted_are_said_to_be(tmp_path, undrawn, capsys):
@@ -418,6 +525,8 @@ def test_many_classes_list_the_largest_confusions(tmp_path, undrawn):
     rows = table(make(tmp_path, tmp_path / "run"), "The most frequent confusions")
     largest = max(count for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j)
     assert int(rows[1][2]) == largest
+    truth, _, count, share = rows[1]
+    assert share == f"{int(count) / sum(confusion[names.index(truth)]):.1%}"
     assert len(rows) == 21
 
 

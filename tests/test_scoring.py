@@ -20,6 +20,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.cli import run
 from engine.config import Config
 from engine.data import DaliLoader, Splits, TorchvisionLoader
+from engine.data.samples import Head, Samples
 from engine.device import Precision
 from engine.errors import UserError
 from engine.fingerprint import of_division, of_training
@@ -164,12 +165,46 @@ def test_the_order_of_a_manifest_is_no_other_division(tmp_path):
     assert of_division(other) != of_division(splits)
 
 
+def test_images_of_one_name_are_told_apart_by_their_folders_wherever_these_stand(tmp_path):
+    """Where each patient has an image.png, another division has the same names and labels."""
+    labels = np.array([0, 0, 0, 1, 1, 1])
+
+    def divided(top: Path, tested: tuple[int, ...]) -> Splits:
+        files = tuple(f"{top}/{'ab'[label]}/patient {i}/image.png" for i, label in enumerate(labels))
+        images = Samples(files, labels, ("a", "b"))
+        rest = [i for i in range(6) if i not in tested]
+        return Splits(images.subset(rest[1:]), images.subset(rest[:1]), images.subset(tested), "")
+
+    first, moved, other = divided(tmp_path, (1, 4)), divided(tmp_path / "new", (1, 4)), divided(tmp_path, (2, 5))
+    assert of_division(moved) == of_division(first) != of_division(other)
+    assert of_training(moved, Config()) == of_training(first, Config()) != of_training(other, Config())
+
+
 def test_weights_are_of_what_a_run_goes_on_with_and_not_of_its_division(tmp_path):
     images = replace(make_samples(tmp_path, (4, 4)), weights=np.ones(8))
     splits = Splits(images, images.subset((6, 7)), None, "")
     heavier = replace(splits, train=replace(images, weights=np.arange(8.0)))
     assert of_division(heavier) == of_division(splits)
     assert of_training(heavier, Config()) != of_training(splits, Config())
+
+
+def test_other_images_labels_or_heads_are_another_division_and_another_training(tmp_path):
+    images = replace(make_samples(tmp_path, (4, 4)), heads={"h": Head(("x", "y"), np.array([0, 1] * 4))})
+    splits = Splits(images.subset(range(4)), images.subset((4, 5)), images.subset((6,)), "")
+    train = splits.train
+    relabelled = replace(splits, train=replace(train, labels=1 - train.labels))
+    of_head = replace(splits, train=replace(train, heads={"h": Head(("x", "y"), 1 - train.heads["h"].labels)}))
+    tested = replace(splits, test=images.subset((7,)))
+    for other in (relabelled, of_head, tested):
+        assert of_division(other) != of_division(splits)
+    turned = replace(splits, train=train.subset((3, 2, 1, 0)))  # of which chance draws others
+    for other in (relabelled, of_head, turned):
+        assert of_training(other, Config()) != of_training(splits, Config())
+    validated = replace(splits, val=images.subset((5, 7)))
+    on_validation, on_test = (Config(select_on=select_on) for select_on in ("validation", "test"))
+    for other, looked_at, passed_over in ((validated, on_validation, on_test), (tested, on_test, on_validation)):
+        assert of_training(other, looked_at) != of_training(splits, looked_at)
+        assert of_training(other, passed_over) == of_training(splits, passed_over)
 
 
 def test_files_are_not_overwritten_and_shares_are_shares(finished, tmp_path, capsys):

@@ -17,7 +17,7 @@ from engine.cli import run
 from engine.config import Config
 from engine.data import Samples, Splits, open_samples, open_splits
 from engine.data.held_out import take_test, tie_duplicates
-from engine.data.leakage import find_near_sets
+from engine.data.leakage import NEAR_DISTANCE, find_near_sets
 from engine.data.selection import Selection
 from engine.errors import UserError
 from tests.array_files import write_npz
@@ -346,6 +346,11 @@ def test_duplicates_join_the_groups_that_they_are_in(tmp_path):
     assert tied.told == "2 images in 1 set of duplicates kept on one side, 1 of them under several labels"
     alone = tie_duplicates(samples.subset([1, 2, 4]), ["x", "y", "z"], near_distance=-1, workers=1)
     assert (alone.samples.groups, alone.told) == (("p", "q", "r"), "no duplicates")
+    for i, brightness in ((1, 1), (4, 0.9)):
+        save(Path(paths[i]), (brightness * squares(0)).astype(np.uint8))
+    tied = tie_duplicates(samples, [Path(path).name for path in paths], near_distance=NEAR_DISTANCE, workers=1)
+    assert tied.samples.groups == tuple("ppppps")
+    assert tied.told == "4 images in 2 sets of duplicates kept on one side, 2 of them under several labels"
 
 
 def test_images_held_out_have_groups_only_where_duplicates_are_among_them(tmp_path):

@@ -56,9 +56,10 @@ def random_batches(count: int, size: int = 4) -> list:
     ]
 
 
-def trained_weights(batches, **options) -> torch.Tensor:
+def trained_weights(batches, scale: float = 1.0, **options) -> torch.Tensor:
     config = Config(epochs=1, warmup_epochs=0, opt="sgd", sched="constant", lr=0.1, **options)
     training = make_training(config, math.ceil(len(batches) / config.grad_accum_steps))
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     train_epoch(training, nn.CrossEntropyLoss(), Batches(batches), 0, config, FLOAT32)
     return nn.utils.parameters_to_vector(training.model.parameters()).detach()
 
@@ -73,8 +74,9 @@ def test_accumulated_gradients_are_those_of_the_joined_batch():
 def test_clipping_bounds_the_gradient():
     batches = random_batches(1)
     start = nn.utils.parameters_to_vector(make_training(Config(), 1).model.parameters()).detach()
-    moved = (trained_weights(batches, clip_grad=1e-3, momentum=0, weight_decay=0) - start).norm()
-    assert moved == pytest.approx(0.1 * 1e-3, rel=1e-3)
+    for scale in (1.0, 2.0**12):  # of float16's gradients, which is taken out before
+        moved = (trained_weights(batches, scale, clip_grad=1e-3, momentum=0, weight_decay=0) - start).norm()
+        assert moved == pytest.approx(0.1 * 1e-3, rel=1e-3)
     assert (trained_weights(batches, momentum=0, weight_decay=0) - start).norm() > 10 * moved
 
 
