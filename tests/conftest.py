@@ -71,3 +71,9 @@ def pictures_are_drawn_where_they_are_looked_at(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["engine.run"].RunDirectory, "write_pictures", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without what takes most of their time."""
+    monkeypatch.setattr("engine.report.drawings.to_svg", lambda figure: "<svg></svg>")

@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -21,23 +20,14 @@ from engine.config import Config
 from engine.data import drop_bad
 from engine.device import Precision
 from engine.grad_cam import explain
-from engine.mcnemar import compare_predictions
-from engine.predictions import Predictions, read_predictions
+from engine.predictions import read_predictions
 from engine.provenance import describe_run
-from engine.report import comparison, drawings, mistakes, tables
-from engine.report.cautions import comparison_cautions
-from engine.report.comparison import pair
-from engine.report.runs import ReportedRun, read_run, read_runs
+from engine.report import drawings, mistakes, tables
+from engine.report.runs import read_run
 from engine.report.settings import without_folders
 from tests.image_folders import write_folder
-from tests.report_runs import CLASSES, EPOCHS, write_cross_validation, write_run
-
-HOSTILE = ("<script>alert(1)</script>", "a&b </style> \"x\" 'y' &lt;", "${7*7}{{7*7}}$")
-HOSTILE_FILE = 'test/"><img src=x onerror=alert(1)>&.png'
-TREE = {
-    "diagnosis": {"classes": {"benign": ["b"], "malignant": ["e", "l"]}},
-    "subtype": {"classes": {"early": ["e"], "late": ["l"]}, "when": {"diagnosis": "malignant"}},
-}
+from tests.report_pages import HOSTILE, HOSTILE_FILE, TREE, make, table
+from tests.report_runs import CLASSES, EPOCHS, write_run
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +41,6 @@ def hostile(tmp_path_factory) -> Path:
 def page(hostile) -> str:
     assert run(report.main, [str(hostile), "--device", "cpu"]) == 0
     return (hostile / "report.html").read_text(encoding="utf-8")
-
-
-def make(tmp_path: Path, *argv: object) -> str:
-    assert run(report.main, [*map(str, argv), "--no-images", "--output", str(tmp_path / "page.html")]) == 0
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Without what takes most of the time."""
-    monkeypatch.setattr(drawings, "to_svg", lambda figure: "<svg></svg>")
-
-
-def table(page: str, caption: str) -> list[list[str]]:
-    """The rows of the table with that caption; a figure is given with all its digits."""
-    (found,) = re.findall(rf"<caption[^>]*>{re.escape(caption)}</caption>(.*?)</table>", page, re.DOTALL)
-    rows = []
-    for row in re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL):
-        cells = re.findall(r"<(?:th|td)[^>]*>(.*?)</(?:th|td)>", row, re.DOTALL)
-        values = (re.search(r'<data value="([^"]*)"', cell) or re.search(r"^(?:<bdi>)?([^<]*)", cell) for cell in cells)
-        rows.append([unescape(value[1]).strip() for value in values])
-    return rows
 
 
 def test_the_page_has_the_figures_of_metrics_json(hostile, page):
@@ -264,148 +232,6 @@ def test_with_heads_each_mistake_is_explained_by_the_head_that_said_it(tmp_path,
     assert sorted(asked) == sorted((mistake.file, *of_class[mistake.prediction]) for mistake in found)
 
 
-def test_a_comparison_gives_mcnemars_test_and_differences(tmp_path, undrawn):
-    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1, lr=0.01)
-    page = make(tmp_path, first, second)
-    told = [read_predictions(path / "predictions.csv") for path in (first, second)]
-    test = compare_predictions(*told)
-    assert test.b + test.c > 0
-    (row,) = table(page, "McNemar&#39;s test against one")[1:]
-    assert row[:4] == ["two", "60", str(test.b), str(test.c)]
-    assert [float(value) for value in row[4:6]] == [test.p_exact, test.chi2]
-
-    one, two = (json.loads((path / "metrics.json").read_text()) for path in (first, second))
-    difference = f"{two['macro_f1'] - one['macro_f1']:+.4f}".replace("-", "\N{MINUS SIGN}")
-    assert f"difference </span>{difference}</span>" in page
-    assert {row[0]: row[1:] for row in table(page, "Options that differ between the runs")[1:]} == {
-        "--lr": ["0.0005", "0.01"]
-    }
-    assert "Read with care" not in page
-    assert "whole groups" not in page
-
-
-def test_each_run_of_a_comparison_has_its_own_figures(tmp_path):
-    runs = read_runs([str(write_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))])
-    metrics = [run.metrics for run in runs]
-    for row, own in zip(comparison.figures_table(runs).rows, metrics, strict=True):
-        found = {key: (cell.value, cell.below) for key, cell in zip(tables.MAIN_FIGURES, row[1:], strict=True)}
-        assert found == {key: (own[key], tables.span(own["intervals"].get(key))) for key in found}
-    for name, *cells in comparison.recall_table(runs).rows:
-        of_class = [(own["per_class"][name.text], own["intervals"]["per_class"][name.text]) for own in metrics]
-        assert [cell.value for cell in cells] == [figures["recall"] for figures, _ in of_class]
-        assert [cell.below for cell in cells] == [tables.span(intervals["recall"]) for _, intervals in of_class]
-    drawn = ("macro_f1", "balanced_accuracy", "accuracy", "auroc_macro_ovr")
-    for axis, key in zip(comparison.interval_axes(runs), drawn, strict=True):
-        low, high = float(axis.low), float(axis.high)
-        for mark, own in zip(axis.marks, metrics, strict=True):
-            shown = [low + (high - low) * place / 100 for place in (mark.start, mark.at, mark.end)]
-            start, end = own["intervals"][key]
-            assert shown == pytest.approx([start, own[key], end], abs=1e-3)
-
-
-def reported(name: str, right: int) -> ReportedRun:
-    """Ten images of one class, of which so many are recognised."""
-    predicted = (torch.arange(10) >= right).long()
-    files = tuple(map(str, range(10)))
-    told = Predictions(files, ("a", "b"), torch.zeros(10).long(), predicted, torch.full((10, 2), 0.5))
-    return ReportedRun(Path(name), name, {}, "", predictions={None: told})
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "reading"),
-    ((10, 2, "one is right more often"), (2, 10, "two is right more often"), (10, 7, "no difference shown")),
-)
-def test_mcnemars_test_names_the_run_that_is_right_more_often(first, second, reading):
-    (row,) = comparison.mcnemar_table([reported("one", first), reported("two", second)]).rows
-    assert row[-1].text == reading
-
-
-def test_images_of_one_patient_are_tested_by_patient(tmp_path, undrawn):
-    runs = write_run(tmp_path / "one", patients=6), write_run(tmp_path / "two", seed=1, patients=6)
-    page = make(tmp_path, *runs)
-    told = [read_predictions(path / "predictions.csv") for path in runs]
-    by_image, test = (compare_predictions(*of) for of in ([replace(of, groups=None) for of in told], told))
-    assert test.by_group is not None
-    assert test.p_exact != by_image.p_exact
-    (row,) = table(page, "McNemar&#39;s test against one")[1:]
-    assert row[1:4] == ["60", str(test.b), str(test.c)]
-    assert [float(value) for value in row[4:6]] == [test.p_exact, test.chi2]
-    assert row[6] == "no difference shown"
-    assert "<small>of 6 groups</small>" in page
-    assert f"<small>more in {test.by_group.b} group" in page
-    assert "p and chi-square are those of whole groups" in page
-
-
-def test_a_run_that_groups_images_otherwise_has_no_test_and_says_why(tmp_path):
-    runs = [write_run(tmp_path / str(patients), patients=patients) for patients in (6, 7)]
-    found = pair(*(read_predictions(path / "predictions.csv") for path in runs))
-    assert (found.test, found.images) == (None, 60)
-    assert "test/006.png: is of one group with test/000.png in the first run alone" in found.remark
-
-
-def test_a_cross_validation_has_its_folds_and_the_figures_of_all_images(tmp_path, undrawn):
-    path = write_cross_validation(tmp_path / "folds")
-    metrics = json.loads((path / "metrics.json").read_text())
-    page = make(tmp_path, path)
-    columns, *rows = table(page, "Figures of each fold")
-    keys = {"Accuracy": "accuracy", "Macro-F1": "macro_f1", "AUROC": "auroc_macro_ovr", "Brier": "brier"}
-    expected = [*metrics["folds"], *({k: v[part] for k, v in metrics["over_folds"].items()} for part in ("mean", "sd"))]
-    for row, figures in zip(rows, [*expected, metrics], strict=True):
-        shown = dict(zip(columns, row, strict=True))
-        assert {label: float(shown[label]) for label in keys} == {label: figures[key] for label, key in keys.items()}
-    assert [row[:2] for row in rows[:2] + rows[-1:]] == [["0", "60"], ["1", "60"], ["All images", "120"]]
-    assert "120 out of fold images" in page
-    assert page.index("need not be on one scale") < page.index('class="tiles"')
-    assert "temperature of its fold" in page
-    (point,) = [row for row in table(page, "Operating points")[1:] if row[0] == "malignant"]
-    (told,) = [point for point in metrics["operating_points"] if point["class"] == "malignant"]
-    assert float(point[4]) == told["sensitivity"]
-    assert ", ".join(f"{threshold:.3g}" for threshold in told["thresholds"]) in page
-    assert page.count("<svg></svg>") == 5
-    options = [row[0] for row in table(page, "Options that differ from the defaults")[1:]]
-    assert "--folds" in options
-    assert "--fold" not in options
-    for fold in range(2):
-        shutil.rmtree(path / f"fold{fold}")
-    assert run(report.main, [str(path), "--device", "cpu"]) == 0
-    alone = (path / "report.html").read_text()
-    assert table(alone, "Figures of each fold") == [columns, *rows]
-    assert "The images cannot be shown" in alone
-    assert "The runs of the folds are not here any more" in alone
-    assert "embedded digits" not in alone
-
-
-def test_each_mistake_of_a_cross_validation_is_explained_by_the_model_of_its_fold(tmp_path, monkeypatch):
-    path = write_cross_validation(tmp_path / "folds", images=tmp_path / "images")
-    asked = {}
-
-    def evidence(run_path, originals, predictions, images, device):
-        asked[run_path.name] = {predictions.files[i].split("/")[0] for i in images}
-        return {}
-
-    monkeypatch.setattr(mistakes, "_evidence", evidence)
-    found, remark = mistakes.find_mistakes(read_run(path, "folds"), torch.device("cpu"))
-    assert asked == {"fold0": {"fold0"}, "fold1": {"fold1"}}
-    assert (len(found), remark) == (12, "")
-    said = [float(mistake.probability) for mistake in found]
-    assert said == sorted(said, reverse=True)
-    shutil.rmtree(path / "fold1")
-    kept, remark = mistakes.find_mistakes(read_run(path, "folds"), torch.device("cpu"))
-    assert kept == [mistake for mistake in found if mistake.file.startswith("fold0/")]
-    assert "The images cannot be shown: folds/fold1" in remark
-
-
-def test_one_fold_is_a_run_like_any_other_and_an_unfinished_cross_validation_says_so(tmp_path, undrawn, capsys):
-    fold = write_run(tmp_path / "folds" / "fold0", folds=5, fold=0)
-    page = make(tmp_path, fold)
-    assert {"--folds": "5", "--fold": "0"}.items() <= {
-        row[0]: row[1] for row in table(page, "Options that differ from the defaults")[1:]
-    }.items()
-    assert "Figures of each fold" not in page
-    assert run(report.main, [str(tmp_path / "folds")]) == 2
-    assert "not all of its folds have finished; go on with engine.cross_validate" in capsys.readouterr().err
-
-
 def test_a_run_that_chose_on_the_test_images_has_their_curves(tmp_path, undrawn):
     path = write_run(tmp_path / "run", select_on="test")
     for file, old, new in (("summary.csv", "val_", "test_"), ("metrics.json", "{", '{"selected_on": "test",')):
@@ -415,38 +241,6 @@ def test_a_run_that_chose_on_the_test_images_has_their_curves(tmp_path, undrawn)
     assert "Test loss" in columns
     assert float(rows[0][columns.index("Test loss")]) == 2.2
     assert "The epoch was chosen on the test images." in page
-
-
-def test_runs_scored_on_other_images_are_compared_on_those_of_both(tmp_path, undrawn):
-    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
-    rows = (second / "predictions.csv").read_text().splitlines(keepends=True)
-    (second / "predictions.csv").write_text("".join([*rows[:41], rows[41].replace("test/", "elsewhere/")]))
-    page = make(tmp_path, first, second)
-    assert "The runs were not scored on the same images" in page
-    (row,) = table(page, "McNemar&#39;s test against one")[1:]
-    told = [read_predictions(path / "predictions.csv") for path in (first, second)]
-    right = [dict(zip(of.files, (of.labels == of.predictions).tolist(), strict=True)) for of in told]
-    shared = right[0].keys() & right[1].keys()
-    assert row[1:4] == [
-        "40",
-        str(sum(right[0][file] and not right[1][file] for file in shared)),
-        str(sum(right[1][file] and not right[0][file] for file in shared)),
-    ]
-    assert "21 were predicted by one run only" in page
-    assert pair(told[0], None).test is None
-
-
-def test_runs_with_other_classes_or_unfinished_ones_are_named_and_not_compared(tmp_path, undrawn):
-    runs = [
-        write_run(tmp_path / "one"),
-        write_run(tmp_path / "two", ("cat", "dog", "hen")),
-        write_run(tmp_path / "three", finished=False),
-    ]
-    page = make(tmp_path, *runs)
-    assert "two is not compared: its classes (cat, dog, hen) are not those of one (benign, malignant, normal)" in page
-    assert "three is not compared: three has not finished" in page
-    assert "McNemar" not in page
-    assert all(f'<h2 class="run" id="run{i}-run">' in page for i in (1, 2, 3))
 
 
 def test_an_unfinished_run_shows_what_there_is(tmp_path):
@@ -476,36 +270,6 @@ def test_what_flatters_the_figures_is_said_before_them(tmp_path, undrawn, split,
     else:
         assert page.index(warning) < page.index('class="tiles"')
     assert ("of these very images: in-sample, and too high" in page) is (split == "validation")
-
-
-def test_a_comparison_says_which_epochs_were_chosen_on_its_images(tmp_path, undrawn):
-    runs = [write_run(tmp_path / name, split="validation", seed=i) for i, name in enumerate(("one", "two"))]
-    page = make(tmp_path, *runs)
-    assert "The epoch of one, two was chosen on the very images compared here" in page
-    assert "was chosen on the test images" not in page
-
-
-def test_a_comparison_says_what_keeps_its_figures_from_meaning_the_same(tmp_path):
-    of_test, of_other_test, of_validation = (
-        write_run(tmp_path / name, split=split, data_dir=str(tmp_path / folder))
-        for name, split, folder in (("one", "test", "a"), ("two", "test", "b"), ("three", "validation", "a"))
-    )
-    (of_test / "metrics.json").write_text(
-        json.dumps(json.loads((of_test / "metrics.json").read_text()) | {"selected_on": "test"})
-    )
-
-    def said(*paths: Path) -> list[str]:
-        return comparison_cautions(read_runs([str(path) for path in paths]))
-
-    chosen = "The epoch of one was chosen on the test images, which flatters it."
-    folders = "The runs name different data folders; images are matched by their names within them."
-    assert said(of_test, of_other_test) == [chosen, folders]
-    assert said(of_test, of_validation) == [
-        "The runs were not scored on the same images: one on test, three on validation.",
-        chosen,
-        "The epoch of three was chosen on the very images compared here: figures and p flatter.",
-    ]
-    assert said(of_other_test, of_other_test) == []
 
 
 def test_images_that_are_gone_or_not_wanted_are_said_to_be(tmp_path, undrawn, capsys):
@@ -585,12 +349,6 @@ def test_nothing_is_overwritten_unasked(tmp_path, undrawn, capsys):
     assert run(report.main, [*argv, "--force"]) == 0
     assert run(report.main, [str(path), str(path)]) == 2
     assert "add --output FILE.html" in capsys.readouterr().err
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path, undrawn):
-    of_a, of_b = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1)
-    page = make(tmp_path, of_a, of_b, of_a)
-    assert [row[0] for row in table(page, "Figures of the runs")[1:]] == ["a/run", "b/run", "a/run (2)"]
 
 
 def test_a_run_writes_down_its_data_its_bad_files_and_its_software(tmp_path, undrawn):

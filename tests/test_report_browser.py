@@ -14,8 +14,8 @@ import pytest
 
 from engine import report
 from engine.cli import run
+from tests.report_pages import HOSTILE, HOSTILE_FILE, TREE
 from tests.report_runs import write_run
-from tests.test_report import HOSTILE, HOSTILE_FILE, TREE
 
 pytestmark = pytest.mark.browser
 
