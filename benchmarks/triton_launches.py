@@ -29,6 +29,7 @@ from kernels.images import COLUMNS
 from kernels.norms import FixedNorm
 from kernels.reference import ACTIVATIONS, GATES
 from kernels.residual_tail import SE, TAIL_ACTIVATIONS, How, Saved
+from kernels.triton_tiles import OPTIONS
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 SWEEPS = ("_pool_kernel", "_scale_kernel")
@@ -260,7 +261,7 @@ def _launch_images(dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def _noted(launches: dict[tuple[Any, ...], Launch], *, everywhere: bool = True) -> Iterator[None]:
     def note(kernel: JITFunction, grid: Any) -> Any:
-        def launch(*args: Any, num_warps: int) -> None:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool) -> None:
             noted = Launch(kernel, dict(zip((p.name for p in kernel.params), args, strict=True)), num_warps, everywhere)
             launches.setdefault(noted.key, noted)
 
@@ -336,4 +337,4 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     """The compiled kernel, with ``asm["cubin"]`` and ``metadata``, for an architecture such as 90."""
     driver.set_active(_Driver(arch))
     launch.kernel.device_caches.clear()  # it is kept by device, and the device is another now
-    return launch.kernel.run(*launch.arguments.values(), grid=(1,), warmup=True, num_warps=launch.num_warps)
+    return launch.kernel.run(*launch.arguments.values(), grid=(1,), warmup=True, num_warps=launch.num_warps, **OPTIONS)

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_tiles import _jit
+from kernels.triton_tiles import OPTIONS, _jit
 
 PIXELS = 512  # that a program takes at a time
 WARPS = 16  # a batch has few programs for a GPU: each of many threads, of one pixel
@@ -33,7 +33,7 @@ def prepare_images(
     with torch.cuda.device_of(out):
         _images_kernel[(B,)](
             pixels, starts, sizes, index, edits, scratch, tables, out,
-            pixels.numel(), len(starts), S, *mean, *(1 / v for v in std), PIXELS, num_warps=WARPS,
+            pixels.numel(), len(starts), S, *mean, *(1 / v for v in std), PIXELS, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from kernels.norm_pool import pooled
 from kernels.norm_pool_triton_sweeps import _norm_pool_bwd_kernel, _norm_pool_kernel, _norm_pool_sums_kernel
 from kernels.norms import FixedNorm
 from kernels.tail_triton import MERGED, PROGRAMS, Sums, _coefficients, _moments, _statistics
-from kernels.triton_tiles import VECTORS, _strides
+from kernels.triton_tiles import OPTIONS, VECTORS, _strides
 
 SIDE = 64  # channels of a tile
 COLUMNS, ROWS = 16, 8  # of outputs: of a tile, and that a program walks down
@@ -40,7 +40,7 @@ def pool_fwd(y: Tensor, norm: FixedNorm) -> tuple[Tensor, Tensor, Tensor]:
         stats = _statistics(_moments(y) if norm.mean is None else None, norm, C)
         _norm_pool_kernel[_grid(y)](
             y, stats, out, code, C, H, W, Ho, Wo, *_strides_nhw(y),
-            _vector([y]), ROWS, COLUMNS, SIDE, num_warps=4,
+            _vector([y]), ROWS, COLUMNS, SIDE, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out, code, stats
 
@@ -66,7 +66,8 @@ def pool_bwd(
         if with_dy:
             _norm_pool_bwd_kernel[_grid(y)](
                 dout, y, code, stats, coefficients if training else None, dy, C, H, W, Ho, Wo,
-                *_strides_nhw(dout), *_strides_nhw(y), training, _vector([y, dout]), ROWS, COLUMNS, SIDE, num_warps=4,
+                *_strides_nhw(dout), *_strides_nhw(y), training, _vector([y, dout]), ROWS, COLUMNS, SIDE,
+                num_warps=4, **OPTIONS,
             )  # fmt: skip
     return dy, dweight if with_dweight else dweight.new_empty(0), dbias if with_dbias else dbias.new_empty(0)
 
@@ -81,7 +82,7 @@ def _sums(dout: Tensor, y: Tensor, code: Tensor, stats: Tensor) -> Sums:
     t, u = stats.new_empty((2, N, parts, C))
     _norm_pool_sums_kernel[(N * parts * triton.cdiv(C, SIDE),)](
         dout, y, code, stats, t, u, C, Ho * Wo, Wo, parts, stretch, *_strides_nhw(dout), *_strides_nhw(y),
-        _vector([y, dout]), SUMMED, SIDE, num_warps=4,
+        _vector([y, dout]), SUMMED, SIDE, num_warps=4, **OPTIONS,
     )  # fmt: skip
     return Sums(t, u, t.new_empty(0))
 

@@ -25,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.triton_products import excite, excite_bwd
 from kernels.triton_tiles import (
+    OPTIONS,
     Plan,
     _inside,
     _jit,
@@ -143,7 +144,7 @@ def _pool(x: Tensor, dout: Tensor | None) -> Tensor:
     part = x.new_empty((N, parts, C), dtype=torch.float32)
     _pool_kernel[(N * parts * blocks_c,)](
         x, dout, part, C, H * W, W, parts, stretch, *_strides(x), *_strides(dout),
-        dout is not None, plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
+        dout is not None, plan.order, plan.other_order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
     return part
 
@@ -154,7 +155,7 @@ def _scale(source: Tensor, gate: Tensor, q: Tensor | None, out: Tensor) -> None:
     plan = _plan(out, source)
     _scale_kernel[(N * triton.cdiv(C, plan.b_c) * triton.cdiv(H * W, plan.b_p),)](
         source, gate, q, out, C, H * W, W, *_strides(source), *_strides(out),
-        q is not None, plan.other_order, plan.order, *plan.constants, num_warps=plan.warps,
+        q is not None, plan.other_order, plan.order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from kernels.statistics import ROWS as STATISTICS
 from kernels.tail_triton_small import _coefficients_kernel, _statistics_kernel
 from kernels.tail_triton_sweeps import _apply_bwd_kernel, _apply_kernel, _moments_kernel, _sums_kernel
 from kernels.triton_products import Normed, excite, excite_bwd
-from kernels.triton_tiles import Plan, _order, _stretches, _strides, _vector, _warps
+from kernels.triton_tiles import OPTIONS, Plan, _order, _stretches, _strides, _vector, _warps
 
 SIDE = 64  # of a tile along the contiguous dimension: a whole line of the cache in half precision
 # Bytes of a tile, two and four accesses a thread; sums hold a register for every element of theirs
@@ -161,7 +161,7 @@ def _moments(x: Tensor) -> Moments:
     pivot, shift, m2 = x.new_empty((3, N, parts, C), dtype=torch.float32)
     _moments_kernel[(N * parts * triton.cdiv(C, plan.b_c),)](
         x, pivot, shift, m2, C, H * W, W, parts, stretch, *_strides(x),
-        order, *plan.constants, num_warps=plan.warps,
+        order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
     return Moments(pivot, shift, m2, stretch, H * W)
 
@@ -180,7 +180,7 @@ def _statistics(moments: Moments | None, norm: FixedNorm, C: int) -> Tensor:
     divisor = 1.0 if norm.group else float(count - 1)
     _statistics_kernel[(triton.cdiv(C, CHANNELS),)](
         pivot, shift, m2, weight, bias, stats, C, HW, N * parts, parts, stretch, float(count), divisor, norm.eps,
-        weight is not None, STRETCHES, CHANNELS, num_warps=8,
+        weight is not None, STRETCHES, CHANNELS, num_warps=8, **OPTIONS,
     )  # fmt: skip
     if not norm.group:
         return stats
@@ -209,7 +209,7 @@ def _apply(
     _apply_kernel[(N * triton.cdiv(C, plan.b_c) * triton.cdiv(H * W, plan.b_p),)](
         y, residual, stats, stats2, gate, out, mask, C, H * W, W, *_strides(y), *_strides(residual),
         act, _kind(residual, stats2), gate.numel() > 0,
-        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
 
 
@@ -238,7 +238,7 @@ def _sums(dout: Tensor, saved: Saved, how: How, norm2: bool) -> Sums:
         dout, y, residual, saved.mask, saved.stats, saved.stats2, saved.gate, *sums, C, H * W, W, parts, stretch,
         *_strides(dout), *_strides(y), *_strides(residual),
         how.act, kind, bits, computed_again and saved.gate.numel() > 0,
-        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
     return sums
 
@@ -257,7 +257,7 @@ def _coefficients(
     gate, q, deviation = per_sample or (stats, stats, stats)
     _coefficients_kernel[(triton.cdiv(C, CHANNELS),)](
         sums.t, u, gate, q, deviation, stats, dweight, dbias, coefficients,
-        C, HW, N * parts, parts, 1.0 / (N * HW), per_sample is not None, STRETCHES, CHANNELS, num_warps=8,
+        C, HW, N * parts, parts, 1.0 / (N * HW), per_sample is not None, STRETCHES, CHANNELS, num_warps=8, **OPTIONS,
     )  # fmt: skip
     if group:
         total, count = sum_over_ranks(torch.stack((dweight, dbias)), N * HW, group)
@@ -282,7 +282,7 @@ def _apply_bwd(
         coefficients if of_y == "batch" else None, coefficients2 if of_residual == "batch" else None,
         dy, dresidual, C, H * W, W, *_strides(dout), *_strides(y), *_strides(residual),
         how.act, kind, _takes_bits(how), saved.gate.numel() > 0, of_y, of_residual,
-        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps,
+        plan.order, plan.other_order, *plan.constants, num_warps=plan.warps, **OPTIONS,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.statistics import MEAN, SCALE, SHIFT
-from kernels.triton_tiles import DTYPES, _jit
+from kernels.triton_tiles import DTYPES, OPTIONS, _jit
 
 ROWS = 16  # samples a product takes at once
 ROWS_SUMMED = 32  # samples a weight's gradient adds at once
@@ -283,11 +283,11 @@ def excite(
     w2, b1, b2 = _with_biases(w2, b1, b2)
     _fc1_kernel[(triton.cdiv(R, BLOCK_R), rows, slices)](
         part, shift, stats, _readable(w1), deviation, pooled, slice_r, N, C, R, HW, parts, stretch, 1.0 / HW,
-        normed is not None, ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8,
+        normed is not None, ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8, **OPTIONS,
     )  # fmt: skip
     _fc2_kernel[(triton.cdiv(C, BLOCK_C), rows)](
         slice_r, b1, w2, b2, hidden, gate, N, C, R, slices,
-        b1 is not None, act, gate_fn, ROWS, BLOCK_C, BLOCK_R, num_warps=8,
+        b1 is not None, act, gate_fn, ROWS, BLOCK_C, BLOCK_R, num_warps=8, **OPTIONS,
     )  # fmt: skip
     return deviation, pooled, hidden, gate
 
@@ -309,14 +309,15 @@ def excite_bwd(
     t, stats, _ = normed or (None, None, 0)
     _fc2_bwd_kernel[(triton.cdiv(R, BLOCK_R), rows, slices)](
         part, t, stats, gate, w2, dz, slice_r, N, C, R, parts,
-        gate_fn, normed is not None, ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8,
+        gate_fn, normed is not None, ROWS, BLOCK_C, BLOCK_R, SLICE, num_warps=8, **OPTIONS,
     )  # fmt: skip
     if with_dw2 or with_db2:
         _weight_grad(dz, hidden, dw2, db2, act, with_dw2, with_db2)
     if with_q or with_dw1 or with_db1:
         _fc1_bwd_kernel[(triton.cdiv(C, BLOCK_C), rows)](
-            slice_r, hidden, w1, dhidden, q, N, C, R, slices, 1.0 / HW, act, ROWS, BLOCK_C, BLOCK_R, num_warps=8
-        )
+            slice_r, hidden, w1, dhidden, q, N, C, R, slices, 1.0 / HW, act, ROWS, BLOCK_C, BLOCK_R,
+            num_warps=8, **OPTIONS,
+        )  # fmt: skip
     if with_dw1 or with_db1:
         _weight_grad(dhidden, pooled, dw1, db1, "none", with_dw1, with_db1)
     return dw1.to(of_w1), db1.to(of_w1), dw2.to(of_w2), db2.to(of_w2), q
@@ -343,5 +344,5 @@ def _weight_grad(a: Tensor, b: Tensor, dw: Tensor, db: Tensor, act_b: str, with_
     (N, A), B = a.shape, b.shape[1]
     b_a, b_b = (BLOCK_R, BLOCK_C) if act_b == "none" else (BLOCK_C, BLOCK_R)
     _weight_grad_kernel[(triton.cdiv(A, b_a), triton.cdiv(B, b_b) if with_dw else 1)](
-        a, b, dw, db, N, A, B, act_b, with_dw, with_db, ROWS_SUMMED, b_a, b_b, num_warps=8
+        a, b, dw, db, N, A, B, act_b, with_dw, with_db, ROWS_SUMMED, b_a, b_b, num_warps=8, **OPTIONS
     )
