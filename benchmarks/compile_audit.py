@@ -2,11 +2,11 @@
 
     python -m benchmarks.compile_audit [--arch 80 90 ...] [--widest] [--cu DIR] [--output FILE.md] [--json FILE]
 
-Triton: the kernels of the SE block and of the residual tail, in the configurations of `triton_launches`; of the tail
-every one for sm_90, and for the others the widest training tails in each dtype, which are what networks launch. CUDA
-C++: each kernel of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory, local memory
-and the widest global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy is what the
-limits of the CUDA programming guide allow.
+Triton: the kernels of SE, of the residual tail and of the resident images, by the configurations of `triton_launches`;
+of the tail every one for sm_90, and for the others the widest training tails in each dtype, which are what networks
+launch. CUDA C++: each kernel of each ``.cu`` file in a folder, by nvcc where it is installed. Registers, shared memory,
+local memory and the widest global accesses come from the machine code (cuobjdump, part of the triton wheel); occupancy
+is what the limits of the CUDA programming guide allow.
 
 The exit status is 1 when a kernel spills, or when an aligned half-precision sweep makes no 128-bit access.
 """
